@@ -1,0 +1,181 @@
+"""The database: connections, limits and the only commit.
+
+`transaction()` is the one way to change anything in several statements. `statements()` is for the hot path, where
+one statement is the whole transaction: the server commits it by itself, even if the worker that sent it is stopped
+or killed in the same instant, and no round trip is spent on BEGIN and COMMIT.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import psycopg
+from alembic.config import Config
+from alembic.script import ScriptDirectory
+from sqlalchemy import create_engine, event
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.pool import ConnectionPoolEntry, NullPool, QueuePool
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from datetime import timedelta
+
+    from sqlalchemy import Connection
+
+Row = TypeVar("Row")
+
+ALEMBIC_INI = Path(__file__).resolve().parent / "alembic.ini"
+
+# A batch of 100 takes milliseconds. These end what is stuck in every pool, where Celery's soft time limits hold in
+# prefork alone; a worker frozen inside a transaction gives its locks back.
+STATEMENT_TIMEOUT_SECONDS = 30
+IDLE_IN_TRANSACTION_SECONDS = 60
+CONNECT_TIMEOUT_SECONDS = 5
+
+# Half of the host's deadlock_timeout: should we and a host ever wait for each other, our wait ends first, so that
+# PostgreSQL never has to pick a victim, which might be the host.
+_LOCK_TIMEOUT = """
+SELECT set_config('lock_timeout',
+    (extract(epoch FROM current_setting('deadlock_timeout')::interval) * 500)::int::text, false)
+"""
+
+
+class DatabaseError(RuntimeError):
+    """The database cannot be used as it is. The text is one line for people and names the way out."""
+
+
+class Database:
+    """A pool of connections whose `search_path` is the service's schema and whose limits are set.
+
+    Args:
+        url: an SQLAlchemy URL, `postgresql+psycopg://…` (`Settings.database_url`).
+        schema: a checked identifier (`Settings.database_schema`).
+        name: what `pg_stat_activity` shows.
+        pooled: False for commands that connect once.
+    """
+
+    def __init__(self, url: str, schema: str, *, name: str = "credits", pooled: bool = False) -> None:
+        self.schema = schema
+        options = " ".join(
+            f"-c {key}={value}"
+            for key, value in {
+                "search_path": schema,
+                "timezone": "UTC",
+                "statement_timeout": f"{STATEMENT_TIMEOUT_SECONDS}s",
+                "idle_in_transaction_session_timeout": f"{IDLE_IN_TRANSACTION_SECONDS}s",
+                # The statements are short and exact: compiling one to machine code costs more than running it.
+                "jit": "off",
+            }.items()
+        )
+        pool: dict[str, Any] = {"poolclass": QueuePool, "pool_size": 2, "max_overflow": 8} if pooled else {}
+        self._engine = create_engine(
+            url,
+            connect_args={
+                "options": options,
+                "connect_timeout": CONNECT_TIMEOUT_SECONDS,
+                "application_name": name,
+            },
+            pool_pre_ping=pooled,
+            **(pool or {"poolclass": NullPool}),
+        )
+        self._autocommit = self._engine.execution_options(isolation_level="AUTOCOMMIT")
+        event.listen(self._engine, "connect", _limit_lock_waits)
+
+    @contextmanager
+    def connect(self) -> Iterator[Connection]:
+        """A connection for Alembic, which opens its own transactions.
+
+        Raises:
+            DatabaseError: nothing answers at the address, or it refuses us.
+        """
+        try:
+            connection = self._engine.connect()
+        except DBAPIError as error:
+            raise DatabaseError(f"The database cannot be reached: {one_line(error)} (see DATABASE_URL)") from error
+        with connection:
+            yield connection
+
+    @contextmanager
+    def statements(self) -> Iterator[psycopg.Connection[Any]]:
+        """A psycopg connection in autocommit: each statement is a transaction of its own.
+
+        Raises:
+            DatabaseError: nothing answers at the address, or it refuses us.
+        """
+        try:
+            connection = self._autocommit.connect()
+        except DBAPIError as error:
+            raise DatabaseError(f"The database cannot be reached: {one_line(error)} (see DATABASE_URL)") from error
+        with connection:
+            yield cast("psycopg.Connection[Any]", connection.connection.driver_connection)
+
+    @contextmanager
+    def transaction(self, *, lock_timeout: timedelta | None = None) -> Iterator[psycopg.Connection[Any]]:
+        """One transaction: committed at the end of the block, rolled back when the block raises.
+
+        Args:
+            lock_timeout: for this transaction alone, where waiting for ourselves is the point (opening runs). Its
+                statements may take as long again.
+
+        Raises:
+            DatabaseError: nothing answers at the address, or it refuses us.
+        """
+        with self.statements() as connection, connection.transaction():
+            if lock_timeout is not None:
+                wait = int(lock_timeout.total_seconds() * 1000)
+                connection.execute(
+                    "SELECT set_config('lock_timeout', %s, true), set_config('statement_timeout', %s, true)",
+                    (str(wait), str(2 * wait)),
+                )
+            yield connection
+
+    def dispose(self) -> None:
+        """Drop pooled connections; a forked child calls it, for psycopg connections do not survive a fork."""
+        self._engine.dispose(close=False)
+
+    def close(self) -> None:
+        """Close pooled connections."""
+        self._engine.dispose()
+
+    def require_migrated(self) -> None:
+        """Check that the tables are those that this code was written for.
+
+        Raises:
+            DatabaseError: unreachable, not migrated, or migrated by another release.
+        """
+        wanted = ScriptDirectory.from_config(Config(ALEMBIC_INI)).get_current_head()
+        with self.statements() as connection:
+            (present,) = one(connection.execute("SELECT to_regclass('alembic_version') IS NOT NULL"))
+            row = connection.execute("SELECT version_num FROM alembic_version").fetchone() if present else None
+        found = row[0] if row else None
+        if found is None:
+            raise DatabaseError(
+                f"The database has no tables of ours in schema {self.schema!r}: run `credits db upgrade` first."
+            )
+        if found != wanted:
+            raise DatabaseError(
+                f"The database is at migration {found}, this release needs {wanted}: run `credits db upgrade`."
+            )
+
+
+def _limit_lock_waits(connection: psycopg.Connection[Any], _entry: ConnectionPoolEntry) -> None:
+    connection.autocommit = True
+    connection.execute(_LOCK_TIMEOUT)
+    connection.autocommit = False
+
+
+def one(cursor: psycopg.Cursor[Row]) -> Row:
+    """The row of a statement that always has one."""
+    row = cursor.fetchone()
+    if row is None:
+        raise DatabaseError("A statement that always returns a row returned none.")
+    return row
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of a database error, without SQLAlchemy's echo of the statement and its parameters."""
+    cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
+    lines = str(cause).strip().splitlines()
+    return lines[0] if lines else type(cause).__name__

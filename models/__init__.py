@@ -1,0 +1,16 @@
+"""The tables, one per file, and nothing but tables.
+
+`Base.metadata` is what `alembic check` compares with a migrated database. The schema is not named
+here: connections set `search_path` (db.py), so that one build serves any `DATABASE_SCHEMA`.
+"""
+
+from models.audit_log import AuditLog
+from models.base import Base
+from models.batch import Batch
+from models.history import History
+from models.plan import Plan
+from models.run import Run
+from models.setting import Setting
+from models.user import User
+
+__all__ = ["AuditLog", "Base", "Batch", "History", "Plan", "Run", "Setting", "User"]

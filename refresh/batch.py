@@ -1,0 +1,263 @@
+"""The batch: refresh at most 100 users in one transaction, which is one statement.
+
+    lock the batch's users → decide (due? how much? which window?) → history, ON CONFLICT DO NOTHING
+    → from the rows that came back alone: users and audit → close the batch
+
+Running a batch again, at the same time or a day later, changes nothing: the second run finds the batch row locked or
+no longer pending. The rule itself is `decide()` (migrations/sql/), which PostgreSQL inlines here.
+
+Locks. A batch of many users never waits for a lock: users whom somebody else holds at this instant go to a new pending
+batch. So it never holds one user while it waits for another, and cannot be part of a deadlock with a host that locks
+in whatever order. A batch of one waits its turn, up to `lock_timeout`; it holds nothing that a host could want
+(docs/adr/0003-never-wait-holding-a-lock.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from uuid import UUID  # noqa: TC003 - psycopg's row factory builds the class at run time
+
+from psycopg.rows import class_row
+
+if TYPE_CHECKING:
+    import psycopg
+
+DEFERRED_RETRY_SECONDS = 5
+"""How soon users whom somebody else had locked are tried again; upkeep's pace is what they really wait for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a batch's users. Credits are the sum of this batch's grants."""
+
+    run_id: UUID
+    seq: int
+    users_refreshed: int
+    users_held: int
+    users_skipped: int
+    users_failed: int
+    users_deferred: int
+    credits_granted: int
+
+
+# A second delivery finds the row locked, or no longer pending once the first has committed.
+_TAKE = """
+WITH batch AS MATERIALIZED (
+    SELECT b.id, b.run_id, b.seq, b.user_ids, b.attempts, coalesce(r.as_of, now()) AS as_of, r.requested_by, r.reason
+    FROM credit_refresh_batches AS b
+    JOIN credit_refresh_runs AS r ON r.id = b.run_id
+    WHERE b.id = %(batch_id)s AND b.status = 'pending' AND r.status = 'running' AND r.dry_run = {dry_run}
+        AND (SELECT enabled FROM settings)
+    FOR UPDATE OF b SKIP LOCKED
+),
+-- users alone: joined to the plan here, a user would drop out when the plan changes while we wait.
+locked AS MATERIALIZED (
+    SELECT
+        u.id, u.plan_code, u.credit_balance, u.last_credit_refresh, u.next_refresh_at, u.credit_refresh_hold,
+        u.hold_until, u.held_window, u.custom_credit_amount, u.active
+    FROM users AS u
+    WHERE u.id = ANY ((SELECT user_ids FROM batch)::bigint[])
+    {lock}
+),
+decided AS MATERIALIZED (
+    SELECT
+        l.id AS user_id, l.plan_code, l.credit_balance, l.last_credit_refresh, l.next_refresh_at, p.grant_mode,
+        d.verdict, d.window_start, d.window_end, d.first_missed_at, d.windows_passed, d.target, d.credits_added,
+        -- The window that falls due under hold leaves one row, however often somebody looks.
+        d.verdict = 'held' AND l.next_refresh_at <= b.as_of AND d.window_start IS NOT NULL
+            AND l.held_window IS DISTINCT FROM l.next_refresh_at AS newly_held
+    FROM batch AS b
+    CROSS JOIN locked AS l
+    LEFT JOIN plans AS p ON p.code = l.plan_code
+    CROSS JOIN LATERAL decide(
+        b.as_of, l.active, l.credit_refresh_hold, l.hold_until, l.next_refresh_at, l.credit_balance,
+        l.custom_credit_amount, p.active, p.cadence, p.interval_days, p.grant_mode, p.amount
+    ) AS d
+),
+"""
+
+# History first, balance second: what the unique key refuses moves no credits.
+_GRANT = """
+history AS (
+    INSERT INTO credit_refresh_histories (
+        run_id, user_id, status, window_start, window_end, first_missed_at, windows_passed, plan_code, grant_mode,
+        target, old_balance, credits_added, new_balance, previous_next_refresh_at, previous_last_refresh, reason, error
+    )
+    SELECT
+        b.run_id, d.user_id,
+        CASE d.verdict WHEN 'due' THEN 'refreshed' WHEN 'held' THEN 'held' ELSE 'failed' END,
+        d.window_start, d.window_end, d.first_missed_at, d.windows_passed, d.plan_code, d.grant_mode, d.target,
+        d.credit_balance,
+        CASE d.verdict WHEN 'due' THEN d.credits_added ELSE 0 END,
+        CASE d.verdict WHEN 'due' THEN d.credit_balance + d.credits_added ELSE d.credit_balance END,
+        d.next_refresh_at, d.last_credit_refresh, b.reason,
+        CASE d.verdict WHEN 'overflow' THEN 'the balance would not fit 64 bits' END
+    FROM decided AS d CROSS JOIN batch AS b
+    WHERE d.verdict IN ('due', 'overflow') OR d.newly_held
+    ON CONFLICT DO NOTHING
+    RETURNING user_id, status, credits_added
+),
+moved AS (
+    UPDATE users AS u SET
+        credit_balance = u.credit_balance + coalesce(h.credits_added, 0),
+        last_credit_refresh = CASE WHEN h.status = 'refreshed' THEN now() ELSE u.last_credit_refresh END,
+        next_refresh_at = CASE WHEN d.newly_held THEN u.next_refresh_at ELSE d.window_end END,
+        held_window = CASE WHEN d.newly_held THEN u.next_refresh_at END,
+        -- A grant ends the hold that had run out.
+        credit_refresh_hold = d.newly_held,
+        hold_reason = CASE WHEN d.newly_held THEN u.hold_reason END,
+        hold_until = CASE WHEN d.newly_held THEN u.hold_until END,
+        updated_at = now()
+    FROM decided AS d
+    LEFT JOIN history AS h ON h.user_id = d.user_id
+    WHERE u.id = d.user_id AND (d.verdict = 'due' OR d.newly_held)
+    RETURNING d.verdict, h.status
+),
+audit AS (
+    INSERT INTO credit_audit_logs (actor, action, user_id, run_id, balance_before, balance_after, credits)
+    SELECT
+        b.requested_by,
+        CASE
+            WHEN h.status = 'failed' THEN 'refresh_failed'
+            WHEN d.verdict = 'due' THEN coalesce(h.status, 'already_granted')
+            ELSE 'held'
+        END,
+        d.user_id, b.run_id, d.credit_balance, d.credit_balance + coalesce(h.credits_added, 0),
+        coalesce(h.credits_added, 0)
+    FROM decided AS d
+    CROSS JOIN batch AS b
+    LEFT JOIN history AS h ON h.user_id = d.user_id
+    WHERE d.verdict = 'due' OR h.user_id IS NOT NULL
+),
+deferred AS (
+    INSERT INTO credit_refresh_batches (run_id, seq, user_ids, attempts, next_attempt_at)
+    SELECT b.run_id, b.seq, array_agg(u.id), b.attempts + 1, now() + make_interval(secs => %(deferred_seconds)s)
+    FROM batch AS b
+    JOIN users AS u ON u.id = ANY (b.user_ids)
+    -- The usual batch has nobody to defer and does not look.
+    WHERE (SELECT count(*) FROM locked) < (SELECT cardinality(user_ids) FROM batch)
+        AND NOT EXISTS (SELECT FROM locked AS l WHERE l.id = u.id)
+    GROUP BY b.run_id, b.seq, b.attempts
+    RETURNING cardinality(user_ids) AS users
+),
+counts AS (
+    SELECT
+        (SELECT count(*) FROM moved WHERE status = 'refreshed') AS refreshed,
+        (SELECT count(*) FROM decided WHERE verdict = 'held') AS held,
+        (SELECT count(*) FROM decided WHERE verdict = 'overflow') AS failed,
+        -- Not due any more, without a plan, inactive, refused by the key; or deleted by the host since the scan.
+        (SELECT count(*) FROM decided WHERE verdict NOT IN ('due', 'held', 'overflow'))
+            + (SELECT count(*) FROM moved WHERE verdict = 'due' AND status IS NULL)
+            + b_size.users - (SELECT count(*) FROM locked) - coalesce((SELECT users FROM deferred), 0) AS skipped,
+        coalesce((SELECT users FROM deferred), 0) AS deferred,
+        coalesce((SELECT sum(credits_added) FROM history), 0) AS credits
+    FROM (SELECT cardinality(user_ids) AS users FROM batch) AS b_size
+)
+"""
+
+# A dry run locks nobody and changes no user; beat's plan each user and window once (the unique key says so).
+_PLAN = """
+history AS (
+    INSERT INTO credit_refresh_histories (
+        run_id, user_id, status, dry_run, window_start, window_end, first_missed_at, windows_passed, plan_code,
+        grant_mode, target, old_balance, credits_added, new_balance, previous_next_refresh_at, previous_last_refresh,
+        reason
+    )
+    SELECT
+        b.run_id, d.user_id, 'planned', true, d.window_start, d.window_end, d.first_missed_at, d.windows_passed,
+        d.plan_code, d.grant_mode, d.target, d.credit_balance, d.credits_added, d.credit_balance + d.credits_added,
+        d.next_refresh_at, d.last_credit_refresh, b.reason
+    FROM decided AS d CROSS JOIN batch AS b
+    WHERE d.verdict = 'due'
+    ON CONFLICT DO NOTHING
+    RETURNING credits_added
+),
+counts AS (
+    SELECT
+        (SELECT count(*) FROM history) AS refreshed,
+        (SELECT count(*) FROM decided WHERE verdict = 'held') AS held,
+        (SELECT count(*) FROM decided WHERE verdict = 'overflow') AS failed,
+        cardinality(b.user_ids) - (SELECT count(*) FROM history)
+            - (SELECT count(*) FROM decided WHERE verdict IN ('held', 'overflow')) AS skipped,
+        0 AS deferred,
+        coalesce((SELECT sum(credits_added) FROM history), 0) AS credits
+    FROM batch AS b
+),
+audit AS (
+    INSERT INTO credit_audit_logs (actor, action, run_id, credits, detail)
+    SELECT
+        b.requested_by, 'planned', b.run_id, 0,
+        jsonb_build_object('batch_id', b.id, 'users_planned', c.refreshed, 'credits_planned', c.credits)
+    FROM counts AS c CROSS JOIN batch AS b
+)
+"""
+
+# ck_credit_refresh_batches_accounted fails the whole statement when a user is not accounted for.
+_CLOSE = """
+UPDATE credit_refresh_batches AS b SET
+    status = 'done', finished_at = clock_timestamp(), error = NULL,
+    users_refreshed = c.refreshed, users_held = c.held, users_skipped = c.skipped, users_failed = c.failed,
+    users_deferred = c.deferred, credits_granted = c.credits
+FROM counts AS c
+WHERE b.id = (SELECT id FROM batch)
+RETURNING b.run_id, b.seq, b.users_refreshed, b.users_held, b.users_skipped, b.users_failed, b.users_deferred,
+    b.credits_granted
+"""
+
+_LOCK_WAITING = "ORDER BY u.id FOR NO KEY UPDATE"
+
+GRANT_MANY = _TAKE.format(dry_run="false", lock=f"{_LOCK_WAITING} SKIP LOCKED") + _GRANT + _CLOSE
+GRANT_ONE = _TAKE.format(dry_run="false", lock=_LOCK_WAITING) + _GRANT + _CLOSE
+PLAN = _TAKE.format(dry_run="true", lock="ORDER BY u.id") + _PLAN + _CLOSE
+
+# Which of the three a batch wants; one round trip a message. What is done already is not asked again.
+_PENDING = """
+SELECT b.id, r.dry_run, cardinality(b.user_ids) = 1 AS lone
+FROM credit_refresh_batches AS b JOIN credit_refresh_runs AS r ON r.id = b.run_id
+WHERE b.id = ANY (%(ids)s) AND b.status = 'pending'
+ORDER BY b.id
+"""
+
+
+def pending_statements(connection: psycopg.Connection[Any], batch_ids: list[int]) -> list[tuple[int, str]]:
+    """The batches among `batch_ids` that are still to be done, each with the statement that does it."""
+    rows = connection.execute(_PENDING, {"ids": batch_ids}, prepare=True).fetchall()
+    return [(id_, PLAN if dry_run else GRANT_ONE if lone else GRANT_MANY) for id_, dry_run, lone in rows]
+
+
+def refresh_batch(connection: psycopg.Connection[Any], batch_id: int, statement: str) -> Outcome | None:
+    """Refresh one batch: one transaction, committed when this returns.
+
+    Args:
+        connection: in autocommit (`Database.statements()`).
+        batch_id: the batch's row.
+        statement: which `pending_statements()` named.
+
+    Returns:
+        What became of the users; None when somebody else has the batch or had it, or the service is paused.
+
+    Raises:
+        psycopg.Error: nothing was changed; upkeep tries again.
+    """
+    parameters: dict[str, int] = {"batch_id": batch_id}
+    if statement is not PLAN:
+        parameters["deferred_seconds"] = DEFERRED_RETRY_SECONDS
+    with connection.cursor(row_factory=class_row(Outcome)) as cursor:
+        return cursor.execute(statement, parameters, prepare=True).fetchone()
+
+
+# At DEBUG level alone, for those who read the log user by user.
+_GRANTED = """
+SELECT u.external_id, h.credits_added
+FROM credit_refresh_batches AS b
+JOIN credit_refresh_histories AS h ON h.user_id = ANY (b.user_ids) AND h.run_id = b.run_id
+JOIN users AS u ON u.id = h.user_id
+WHERE b.id = %(batch_id)s AND h.status = 'refreshed' AND h.reversed_by_run_id IS NULL
+ORDER BY h.user_id
+"""
+
+
+def granted_users(connection: psycopg.Connection[Any], batch_id: int) -> list[tuple[str, int]]:
+    """The users whom a batch refreshed, with their credits."""
+    return connection.execute(_GRANTED, {"batch_id": batch_id}).fetchall()

@@ -1,0 +1,169 @@
+"""Delivery: which batches have to be (re-)published, and what becomes of those that fail.
+
+Redis is a doorbell and its acknowledgements prove nothing (docs/adr/0002-redis-is-a-doorbell.md), so a batch is
+delivered when its row says that it is done, and until then this module decides when to ring again. Only upkeep
+retries; Celery never does.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    import psycopg
+
+# A batch takes milliseconds and is ended by the database after 30 s. What was published longer ago than this and
+# neither waits in the queue nor is locked by a worker was lost, or its worker died.
+LOST_AFTER_SECONDS = 30
+OVERDUE_SECONDS = 600
+"""A batch published longer ago than this is rung for again even if its message may still wait in a long queue."""
+# 10 s, 20 s, 40 s, … at most an hour between two attempts.
+BACKOFF_SECONDS = 10
+BACKOFF_MAX_SECONDS = 3_600
+
+CLAIM_LIMIT = 10_000
+"""Batches claimed at once: a million users of 100 each; a list of that many ids is a few hundred kilobytes."""
+
+# published_at is NULL until the first ring; next_attempt_at is set while a failed or deferred batch waits its backoff.
+# A batch locked by its worker is being done: SKIP LOCKED leaves it alone.
+_CLAIM = """
+WITH due AS (
+    SELECT b.id
+    FROM credit_refresh_batches AS b JOIN credit_refresh_runs AS r ON r.id = b.run_id
+    WHERE b.status = 'pending' AND r.status = 'running' AND (SELECT enabled FROM settings)
+        AND (%(run_id)s::uuid IS NULL OR b.run_id = %(run_id)s::uuid)
+        AND b.attempts < %(max_attempts)s
+        AND CASE
+            WHEN b.next_attempt_at IS NOT NULL THEN b.next_attempt_at <= now()
+            -- With messages in the queue ours may be among them: ring again, much later, and call it no attempt.
+            WHEN b.published_at IS NOT NULL THEN b.published_at < now() - make_interval(secs => %(overdue)s)
+            ELSE true
+        END
+    ORDER BY b.id
+    LIMIT %(limit)s
+    FOR NO KEY UPDATE OF b SKIP LOCKED
+)
+UPDATE credit_refresh_batches AS b SET
+    published_at = now(),
+    next_attempt_at = NULL
+FROM due
+WHERE b.id = due.id
+RETURNING b.id
+"""
+
+
+def claim_batches(
+    connection: psycopg.Connection[Any],
+    *,
+    max_attempts: int,
+    run_id: UUID | None = None,
+    limit: int = CLAIM_LIMIT,
+) -> list[int]:
+    """Mark the batches that have to be published as published now, oldest first; publish them after the commit.
+
+    Args:
+        connection: anything; publish once this is committed.
+        max_attempts: batches that were tried this often are left to `give_up_batches()`.
+        run_id: a run that was just opened; None: upkeep, over all runs.
+        limit: how many at most.
+    """
+    parameters = {"run_id": run_id, "max_attempts": max_attempts, "overdue": OVERDUE_SECONDS, "limit": limit}
+    return sorted(id_ for (id_,) in connection.execute(_CLAIM, parameters))
+
+
+_UNCLAIM = """
+UPDATE credit_refresh_batches SET published_at = NULL WHERE id = ANY (%(ids)s) AND status = 'pending'
+"""
+
+
+def unclaim_batches(connection: psycopg.Connection[Any], batch_ids: list[int]) -> None:
+    """The broker did not take them: the next upkeep rings again, and it was nobody's attempt."""
+    connection.execute(_UNCLAIM, {"ids": batch_ids})
+
+
+_FAIL = """
+UPDATE credit_refresh_batches AS b SET
+    attempts = b.attempts + 1,
+    error = %(error)s,
+    next_attempt_at = now()
+        + make_interval(secs => least(%(backoff_max)s, %(backoff)s * 2 ^ least(b.attempts, 20)))
+WHERE b.id = %(batch_id)s AND b.status = 'pending'
+RETURNING b.attempts
+"""
+
+
+def record_failure(connection: psycopg.Connection[Any], batch_id: int, error: str) -> int:
+    """A batch's statement failed, and so changed nothing: note it in a transaction of its own.
+
+    Returns:
+        The attempts so far; 0 when somebody else has meanwhile done the batch.
+    """
+    parameters = {"batch_id": batch_id, "error": error, "backoff": BACKOFF_SECONDS, "backoff_max": BACKOFF_MAX_SECONDS}
+    row = connection.execute(_FAIL, parameters).fetchone()
+    return row[0] if row else 0
+
+
+# A worker that dies with a batch leaves no trace but this: published, gone from the queue, still pending.
+_LOST = """
+UPDATE credit_refresh_batches AS b SET
+    attempts = b.attempts + 1, next_attempt_at = now(),
+    error = 'its worker died, or its message was lost'
+FROM (
+    SELECT b.id
+    FROM credit_refresh_batches AS b JOIN credit_refresh_runs AS r ON r.id = b.run_id
+    WHERE b.status = 'pending' AND r.status = 'running' AND (SELECT enabled FROM settings)
+        AND b.next_attempt_at IS NULL AND b.published_at < now() - make_interval(secs => %(lost_after)s)
+    FOR NO KEY UPDATE OF b SKIP LOCKED
+) AS lost
+WHERE b.id = lost.id
+RETURNING b.id
+"""
+
+
+def record_losses(connection: psycopg.Connection[Any]) -> int:
+    """Count an attempt for each batch that was published, is not being done and waits in no queue.
+
+    Call it only while the queue is empty. Returns how many were lost; they are claimed again at once.
+    """
+    return connection.execute(_LOST, {"lost_after": LOST_AFTER_SECONDS}).rowcount
+
+
+_GIVE_UP = """
+UPDATE credit_refresh_batches AS b SET
+    status = 'failed', finished_at = clock_timestamp(), next_attempt_at = NULL,
+    error = coalesce(b.error, 'its users stayed locked by another session')
+FROM (
+    SELECT id FROM credit_refresh_batches
+    WHERE status = 'pending' AND attempts >= %(max_attempts)s AND next_attempt_at IS NOT NULL
+    FOR NO KEY UPDATE SKIP LOCKED
+) AS spent
+WHERE b.id = spent.id
+RETURNING b.id, b.run_id, b.error
+"""
+
+
+def give_up_batches(connection: psycopg.Connection[Any], *, max_attempts: int) -> list[tuple[int, UUID, str]]:
+    """Fail the batches that were tried `max_attempts` times. Their users are due again at the next scan.
+
+    Returns:
+        Each batch's id, run and error.
+    """
+    return connection.execute(_GIVE_UP, {"max_attempts": max_attempts}).fetchall()
+
+
+MESSAGE_IDS_MAX = 16
+MESSAGES_ENOUGH = 50
+"""Messages that keep a handful of workers evenly busy to a run's end."""
+
+
+def messages(batch_ids: list[int]) -> list[list[int]]:
+    """Cut claimed batches into messages: one id each while there are few, several when there are many.
+
+    A message costs a worker about 0.7 ms, a batch of 100 users about 1.5 ms. So a small run spreads over all workers
+    at once, and a large one pays for its messages once in `MESSAGE_IDS_MAX` batches.
+    """
+    size = max(1, min(MESSAGE_IDS_MAX, len(batch_ids) // MESSAGES_ENOUGH))
+    return [batch_ids[i : i + size] for i in range(0, len(batch_ids), size)]
+

@@ -1,0 +1,238 @@
+"""Runs: the one door through which every refresh comes in, and how a run ends.
+
+Beat, the command line and whatever comes later open a run here: one advisory lock, then one statement that finds all
+due users and cuts them into batches, however many they are. No user id passes through Python.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal
+from uuid import UUID, uuid4
+
+from psycopg.rows import class_row
+
+from db import one
+from models.history import SCHEDULED
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from datetime import datetime
+
+    import psycopg
+
+OPENING_LOCK_TIMEOUT = timedelta(minutes=5)
+"""How long one opening waits for another. Cutting a million users into batches takes about a second."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What somebody asks a run for.
+
+    Attributes:
+        source: which way it came in.
+        requested_by: who asked; the actor of the audit rows.
+        batch_size: users in a transaction.
+        dry_run: decide and record, change no user.
+        as_of: decide at this instant instead of each batch's own now(); in the future for dry runs alone.
+        slot: the slot that a scheduled run stands for; None for a run that somebody asked for.
+        reason: lands in the run and in its history rows.
+    """
+
+    source: Literal["beat", "cli"]
+    requested_by: str
+    batch_size: int
+    dry_run: bool = False
+    as_of: datetime | None = None
+    slot: datetime | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A run that was opened. One that found nobody due is finished already."""
+
+    run_id: UUID
+    dry_run: bool
+    users_selected: int
+    batches_total: int
+
+
+@dataclass(frozen=True, slots=True)
+class NotOpened:
+    """No run was opened, and no slot taken."""
+
+    why: Literal["paused", "slot_taken"]
+
+
+class Refused(ValueError):
+    """The request cannot be carried out. The text is one line for people."""
+
+
+# In a statement of its own: the scan's snapshot must be younger than the lock, or it would not see the batches of the
+# run that it waited for.
+_LOCK = "SELECT pg_advisory_xact_lock(hashtextextended(current_schema() || '.open_run', 0))"
+
+_SITUATION = """
+SELECT
+    s.enabled, s.dry_run, now() AS now,
+    EXISTS (SELECT FROM credit_refresh_runs AS r WHERE r.slot = %(slot)s::timestamptz AND r.dry_run = (%(dry_run)s OR s.dry_run))
+        AS slot_taken
+FROM settings AS s
+"""
+
+# Whom not to batch again: users whose unfinished batch will decide anyway. Dry runs take nobody and plan anybody, but
+# beat's dry runs meet the same due users each hour and plan each window once.
+_TAKEN = """
+SELECT unnest(b.user_ids) AS user_id
+FROM credit_refresh_batches AS b JOIN credit_refresh_runs AS r ON r.id = b.run_id
+WHERE b.status = 'pending' AND NOT r.dry_run
+"""
+_PLANNED = """
+SELECT h.user_id
+FROM credit_refresh_histories AS h JOIN users AS u ON u.id = h.user_id
+WHERE h.status = 'planned' AND h.reason = 'scheduled' AND h.window_start >= u.next_refresh_at
+"""
+
+# The run's row comes last because it carries the counts; its batches' foreign key is checked at the statement's end.
+_SCAN = """
+WITH taken AS MATERIALIZED ({taken}),
+due AS (
+    SELECT u.id
+    FROM users AS u
+    WHERE u.wake_at <= coalesce(%(as_of)s::timestamptz, now())
+        AND EXISTS (SELECT FROM plans AS p WHERE p.code = u.plan_code AND p.active AND p.cadence <> 'external')
+        AND NOT EXISTS (SELECT FROM taken AS t WHERE t.user_id = u.id)
+),
+-- By id: a batch's users lie together on disk.
+numbered AS (SELECT id, (row_number() OVER (ORDER BY id) - 1) / %(batch_size)s AS seq FROM due),
+batches AS (
+    INSERT INTO credit_refresh_batches (run_id, seq, user_ids)
+    SELECT %(run_id)s::uuid, seq, array_agg(id) FROM numbered GROUP BY seq ORDER BY seq
+    RETURNING cardinality(user_ids) AS users
+),
+cut AS (SELECT count(*) AS batches, coalesce(sum(users), 0) AS users FROM batches)
+INSERT INTO credit_refresh_runs (
+    id, source, status, dry_run, as_of, slot, selection, reason, requested_by, users_selected, batches_total,
+    started_at, finished_at
+)
+SELECT
+    %(run_id)s::uuid, %(source)s, CASE WHEN cut.batches = 0 THEN 'succeeded' ELSE 'running' END, %(dry_run)s,
+    %(as_of)s::timestamptz, %(slot)s::timestamptz, '{{"due": true}}', %(reason)s, %(requested_by)s, cut.users, cut.batches, now(),
+    CASE WHEN cut.batches = 0 THEN clock_timestamp() END
+FROM cut
+RETURNING id AS run_id, dry_run, users_selected, batches_total
+"""
+SCAN = _SCAN.format(taken=_TAKEN)
+SCAN_DRY = _SCAN.format(taken="SELECT NULL::bigint AS user_id WHERE false")
+SCAN_DRY_SCHEDULED = _SCAN.format(taken=_PLANNED)
+
+
+def open_run(connection: psycopg.Connection[Any], request: Request) -> Opened | NotOpened:
+    """Open a run over all due users: find them, cut them into batches, write the run.
+
+    The caller's transaction should wait up to `OPENING_LOCK_TIMEOUT` for locks, and publish after its commit.
+
+    Raises:
+        Refused: `as_of` lies in the future and the run is not dry.
+    """
+    connection.execute(_LOCK)
+    situation = connection.execute(_SITUATION, {"slot": request.slot, "dry_run": request.dry_run})
+    enabled, all_dry, now, slot_taken = one(situation)
+    if not enabled:
+        return NotOpened("paused")
+    if slot_taken:
+        return NotOpened("slot_taken")
+    dry_run = request.dry_run or all_dry
+    if request.as_of is not None and request.as_of > now and not dry_run:
+        raise Refused(f"{request.as_of.isoformat()} lies in the future: only a dry run may look ahead")
+    scheduled = request.slot is not None
+    scan = (SCAN_DRY_SCHEDULED if scheduled else SCAN_DRY) if dry_run else SCAN
+    with connection.cursor(row_factory=class_row(Opened)) as cursor:
+        return one(
+            cursor.execute(
+                scan,
+                {
+                    "run_id": uuid4(),
+                    "source": request.source,
+                    "dry_run": dry_run,
+                    "as_of": request.as_of,
+                    "slot": request.slot,
+                    "reason": SCHEDULED if scheduled else request.reason,
+                    "requested_by": request.requested_by,
+                    "batch_size": request.batch_size,
+                },
+            )
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A run that has just ended, with its totals. Seconds run from the scan to the last commit."""
+
+    run_id: UUID
+    status: str
+    dry_run: bool
+    users_selected: int
+    users_refreshed: int
+    users_held: int
+    users_skipped: int
+    users_failed: int
+    credits_granted: int
+    seconds: float
+
+
+# Cheap enough to ask after every message.
+_DRAINED = """
+SELECT r.id
+FROM credit_refresh_runs AS r
+WHERE {which} AND r.status = 'running'
+    AND NOT EXISTS (SELECT FROM credit_refresh_batches AS b WHERE b.run_id = r.id AND b.status = 'pending')
+"""
+_DRAINED_THESE = _DRAINED.format(which="r.id = ANY (%(run_ids)s)")
+_DRAINED_ANY = _DRAINED.format(which="true")
+
+# Guarded, and issued after a worker's own commit: of two workers that close the last two batches at once, the later
+# one sees both. A batch that was given up counts all its users as failed.
+_FINISH = """
+UPDATE credit_refresh_runs AS r SET
+    status = CASE
+        WHEN t.failed = 0 THEN 'succeeded'
+        WHEN t.refreshed + t.held + t.skipped > 0 THEN 'partial'
+        ELSE 'failed'
+    END,
+    finished_at = clock_timestamp(),
+    users_refreshed = t.refreshed, users_held = t.held, users_skipped = t.skipped, users_failed = t.failed,
+    credits_granted = t.credits, batches_total = t.batches, error = t.error
+FROM (
+    SELECT
+        run_id, count(*) AS batches, sum(users_refreshed) AS refreshed, sum(users_held) AS held,
+        sum(users_skipped) AS skipped, sum(credits_granted) AS credits, min(error) AS error,
+        sum(CASE status WHEN 'failed' THEN cardinality(user_ids) ELSE users_failed END) AS failed
+    FROM credit_refresh_batches
+    WHERE run_id = ANY (%(run_ids)s)
+    GROUP BY run_id
+) AS t
+WHERE r.id = t.run_id AND r.status = 'running'
+    AND NOT EXISTS (SELECT FROM credit_refresh_batches AS b WHERE b.run_id = r.id AND b.status = 'pending')
+RETURNING r.id AS run_id, r.status, r.dry_run, r.users_selected, r.users_refreshed, r.users_held, r.users_skipped,
+    r.users_failed, r.credits_granted, extract(epoch FROM r.finished_at - r.started_at)::float AS seconds
+"""
+
+
+def finish_runs(connection: psycopg.Connection[Any], run_ids: Iterable[UUID] | None = None) -> list[Finished]:
+    """End the runs that have nothing pending any more, and sum up their totals.
+
+    Args:
+        connection: in autocommit, and after the caller's own commit.
+        run_ids: which to look at; None: all that are running.
+    """
+    if run_ids is None:
+        rows = connection.execute(_DRAINED_ANY).fetchall()
+    else:
+        rows = connection.execute(_DRAINED_THESE, {"run_ids": list(run_ids)}, prepare=True).fetchall()
+    if not rows:
+        return []
+    with connection.cursor(row_factory=class_row(Finished)) as cursor:
+        return cursor.execute(_FINISH, {"run_ids": [id_ for (id_,) in rows]}).fetchall()

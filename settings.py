@@ -1,0 +1,123 @@
+"""Settings: the only reader of environment variables.
+
+Every process loads its settings once, at its start, so that a bad value stops it with one line that
+names the variable instead of surfacing as a traceback an hour later. Everything else in the project
+takes the values that it needs as arguments.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cronsim import CronSim, CronSimError
+from pydantic import AfterValidator, Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+CHECKOUT = Path(__file__).resolve().parent
+"""The folder that holds the code: `celery -A tasks` and `alembic` run from here."""
+
+_POSTGRES_NAME_BYTES = 63
+_SECRET_FIELDS = frozenset({"database_url", "redis_url"})
+
+
+class SettingsError(ValueError):
+    """An environment variable has a value that the service cannot start with. Its text is one line for people."""
+
+
+def _identifier(value: str) -> str:
+    if not (value.isascii() and value.isidentifier() and value == value.lower() and len(value) <= _POSTGRES_NAME_BYTES):
+        raise ValueError("must be a plain lower-case SQL name: letters, digits and underscores, at most 63")
+    if value.startswith("pg_") or value == "public":
+        raise ValueError("must be a schema of its own: neither 'public' nor one of PostgreSQL's 'pg_…' schemas")
+    return value
+
+
+def _cron(value: str) -> str:
+    try:
+        CronSim(value, datetime(2000, 1, 1, tzinfo=UTC))
+    except CronSimError as error:
+        raise ValueError(f"must be a cron expression of five fields such as '0 2 * * *' ({error})") from None
+    if len(value.split()) != len(("minute", "hour", "day of month", "month", "day of week")):
+        raise ValueError("must be a cron expression of five fields such as '0 2 * * *'")
+    return value
+
+
+def _postgres_url(value: str) -> str:
+    scheme, separator, rest = value.partition("://")
+    if not separator or scheme not in {"postgres", "postgresql", "postgresql+psycopg"}:
+        raise ValueError("must start with postgresql://, as in postgresql://user:password@host:5432/database")
+    return f"postgresql+psycopg://{rest}"
+
+
+def _broker_url(value: str) -> str:
+    scheme, separator, rest = value.partition("://")
+    if not separator or scheme not in {"redis", "rediss", "redis+socket", "unix"}:
+        raise ValueError("must start with redis://, rediss:// or redis+socket://, as in redis://:password@host:6379/0")
+    return f"redis+socket://{rest}" if scheme == "unix" else value
+
+
+class Settings(BaseSettings):
+    """What the environment says, checked. An absent URL means: use an embedded server."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="ignore", env_ignore_empty=True, validate_default=False)
+
+    database_url: Annotated[str, AfterValidator(_postgres_url)] | None = None
+    redis_url: Annotated[str, AfterValidator(_broker_url)] | None = None
+    database_schema: Annotated[str, AfterValidator(_identifier)] = "credits"
+
+    credit_refresh_enabled: bool = True
+    credit_refresh_interval_hours: int = Field(default=1, ge=1, le=8_760)
+    credit_refresh_interval_seconds: int | None = Field(default=None, ge=1, le=3_600)
+    """For demos and tests alone: sets beat and slot together."""
+    credit_refresh_cron: Annotated[str, AfterValidator(_cron)] | None = None
+    credit_refresh_batch_size: int = Field(default=100, ge=1, le=10_000)
+    credit_refresh_dry_run: bool = False
+    credit_refresh_max_attempts: int = Field(default=5, ge=1, le=100)
+    """Times that a batch is tried, its worker's deaths included, before it is failed."""
+    credit_refresh_task_events: bool = True
+    """Task events feed Flower; they cost about a fifth of the throughput (docs/guide.md)."""
+
+    credits_free_tier: int = Field(default=1_000, ge=1, le=2**63 - 1)
+    credits_pro_tier: int = Field(default=20_000, ge=1, le=2**63 - 1)
+
+    credits_state_dir: Path = CHECKOUT / ".state"
+    """Where embedded servers, beat's timetable and the demo keep their files."""
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
+    log_format: Literal["console", "json"] = "console"
+
+    @property
+    def interval(self) -> timedelta:
+        """The width of a slot: one scheduled run stands for each."""
+        if self.credit_refresh_interval_seconds is not None:
+            return timedelta(seconds=self.credit_refresh_interval_seconds)
+        return timedelta(hours=self.credit_refresh_interval_hours)
+
+    def with_urls(self, *, database_url: str, redis_url: str) -> Settings:
+        """The same settings, pointed at running servers; how the embedded ones come in."""
+        urls = {"database_url": _postgres_url(database_url), "redis_url": _broker_url(redis_url)}
+        return self.model_copy(update=urls)
+
+
+def load() -> Settings:
+    """Read and check the environment.
+
+    Raises:
+        SettingsError: a value is not usable; the text names the variable, the value and what is allowed.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = str(first["loc"][0])
+        reason = str(first["msg"]).removeprefix("Value error, ")
+        # A connection URL may carry a password, so its value is never repeated.
+        value = "" if field in _SECRET_FIELDS else f"={first['input']!r}"
+        raise SettingsError(f"{field.upper()}{value}: {reason[:1].lower()}{reason[1:]}") from None
+
+
+def environment(**overrides: str) -> dict[str, str]:
+    """The environment for a child process: ours, with some variables replaced."""
+    return {**os.environ, **overrides}
