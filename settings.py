@@ -95,9 +95,12 @@ class Settings(BaseSettings):
             return timedelta(seconds=self.credit_refresh_interval_seconds)
         return timedelta(hours=self.credit_refresh_interval_hours)
 
-    def with_urls(self, *, database_url: str, redis_url: str) -> Settings:
+    def with_urls(self, *, database_url: str | None, redis_url: str | None) -> Settings:
         """The same settings, pointed at running servers; how the embedded ones come in."""
-        urls = {"database_url": _postgres_url(database_url), "redis_url": _broker_url(redis_url)}
+        urls = {
+            "database_url": database_url and _postgres_url(database_url),
+            "redis_url": redis_url and _broker_url(redis_url),
+        }
         return self.model_copy(update=urls)
 
 

@@ -129,6 +129,8 @@ def spawn(  # noqa: PLR0913 - each argument is one thing that a child inherits
     Raises:
         EmbeddedError: the program is missing or cannot be started under `account`.
     """
+    if shutil.which(str(cwd / argv[0]) if "/" in argv[0] else argv[0], path=env.get("PATH", os.defpath)) is None:
+        raise EmbeddedError(f"cannot start {argv[0]}: there is no such program")  # setpriv would not tell us
     try:
         return subprocess.Popen(  # noqa: S603 - callers pass fixed programs, never a shell line
             with_death_signal(argv, death_signal),

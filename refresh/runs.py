@@ -6,7 +6,7 @@ due users and cuts them into batches, however many they are. No user id passes t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import UUID, uuid4
@@ -15,6 +15,7 @@ from psycopg.rows import class_row
 
 from db import one
 from models.history import SCHEDULED
+from refresh.schedule import slot_at
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -58,12 +59,25 @@ class Opened:
     users_selected: int
     batches_total: int
 
+    def facts(self) -> dict[str, object]:
+        """What a log line or a JSON answer says of it."""
+        return {**asdict(self), "run_id": str(self.run_id)}
+
 
 @dataclass(frozen=True, slots=True)
 class NotOpened:
     """No run was opened, and no slot taken."""
 
-    why: Literal["paused", "slot_taken"]
+    why: Literal["disabled", "paused", "slot_taken"]
+
+    @property
+    def text(self) -> str:
+        """The reason, for people."""
+        return {
+            "disabled": "CREDIT_REFRESH_ENABLED is false",
+            "paused": "the service is paused (`credits resume` ends that)",
+            "slot_taken": "this slot's scan has run already",
+        }[self.why]
 
 
 class Refused(ValueError):
@@ -167,6 +181,23 @@ def open_run(connection: psycopg.Connection[Any], request: Request) -> Opened | 
         )
 
 
+def open_scheduled_run(
+    connection: psycopg.Connection[Any], *, interval: timedelta, cron: str | None, batch_size: int, dry_run: bool
+) -> Opened | NotOpened:
+    """Open the run of the slot that the database's clock is in, unless that slot has its run.
+
+    Args:
+        connection: in a transaction, as for `open_run()`.
+        interval: the width of a slot.
+        cron: a timetable in UTC that takes the interval's place.
+        batch_size: users in a transaction.
+        dry_run: `CREDIT_REFRESH_DRY_RUN`.
+    """
+    (now,) = one(connection.execute("SELECT now()"))
+    slot = slot_at(now, interval, cron)
+    return open_run(connection, Request("beat", "beat", batch_size, dry_run=dry_run, slot=slot))
+
+
 @dataclass(frozen=True, slots=True)
 class Finished:
     """A run that has just ended, with its totals. Seconds run from the scan to the last commit."""
@@ -181,6 +212,10 @@ class Finished:
     users_failed: int
     credits_granted: int
     seconds: float
+
+    def facts(self) -> dict[str, object]:
+        """What a log line or a JSON answer says of it."""
+        return {**asdict(self), "run_id": str(self.run_id), "seconds": round(self.seconds, 3)}
 
 
 # Cheap enough to ask after every message.
@@ -236,3 +271,68 @@ def finish_runs(connection: psycopg.Connection[Any], run_ids: Iterable[UUID] | N
         return []
     with connection.cursor(row_factory=class_row(Finished)) as cursor:
         return cursor.execute(_FINISH, {"run_ids": [id_ for (id_,) in rows]}).fetchall()
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run has come. Totals are those of its closed batches until it has finished."""
+
+    run_id: UUID
+    source: str
+    status: str
+    dry_run: bool
+    slot: datetime | None
+    users_selected: int
+    users_done: int
+    users_refreshed: int
+    users_held: int
+    users_skipped: int
+    users_failed: int
+    credits_granted: int
+    batches_total: int
+    batches_done: int
+    seconds: float
+    error: str | None
+
+    def facts(self) -> dict[str, object]:
+        """What a JSON answer says of it."""
+        return {**asdict(self), "run_id": str(self.run_id), "seconds": round(self.seconds, 3)}
+
+
+# A query over the batches, because a counter that each batch updates would make the workers queue for its row.
+_PROGRESS = """
+SELECT
+    r.id AS run_id, r.source, r.status, r.dry_run, r.slot, r.users_selected,
+    coalesce(sum(t.done), 0)::bigint AS users_done,
+    coalesce(sum(b.users_refreshed), 0)::bigint AS users_refreshed,
+    coalesce(sum(b.users_held), 0)::bigint AS users_held,
+    coalesce(sum(b.users_skipped), 0)::bigint AS users_skipped,
+    coalesce(sum(t.failed), 0)::bigint AS users_failed,
+    coalesce(sum(b.credits_granted), 0)::bigint AS credits_granted,
+    count(b.id)::integer AS batches_total,
+    (count(b.id) FILTER (WHERE b.status <> 'pending'))::integer AS batches_done,
+    extract(epoch FROM coalesce(r.finished_at, clock_timestamp()) - r.started_at)::float AS seconds,
+    min(b.error) AS error
+FROM credit_refresh_runs AS r
+LEFT JOIN credit_refresh_batches AS b ON b.run_id = r.id
+LEFT JOIN LATERAL (
+    SELECT
+        CASE b.status WHEN 'pending' THEN 0 ELSE cardinality(b.user_ids) - b.users_deferred END AS done,
+        CASE b.status WHEN 'failed' THEN cardinality(b.user_ids) ELSE b.users_failed END AS failed
+) AS t ON true
+WHERE r.id = %(run_id)s
+GROUP BY r.id
+"""
+
+
+def read_progress(connection: psycopg.Connection[Any], run_id: UUID) -> Progress:
+    """How far a run has come.
+
+    Raises:
+        Refused: there is no such run.
+    """
+    with connection.cursor(row_factory=class_row(Progress)) as cursor:
+        progress = cursor.execute(_PROGRESS, {"run_id": run_id}).fetchone()
+    if progress is None:
+        raise Refused(f"there is no run {run_id}")
+    return progress

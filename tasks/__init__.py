@@ -1,1 +1,8 @@
+"""The Celery app and its tasks: thin over `refresh/`. `celery -A tasks worker | beat | flower` finds `app` here."""
 
+from tasks.app import app
+from tasks.batch import batch
+from tasks.scan import scan
+from tasks.upkeep import upkeep
+
+__all__ = ["app", "batch", "scan", "upkeep"]

@@ -1,0 +1,118 @@
+"""Celery's configuration: the one place of timetable, queues, routes, limits and transport options.
+
+Each value that differs from Celery's default says why. The measurements are in docs/adr/ and in `make bench`.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from celery.schedules import crontab, schedule
+from kombu import Queue
+
+import settings
+
+_settings = settings.load()
+
+
+class QueueNames:
+    """The queues. What compose starts is compared with these by a test."""
+
+    CONTROL = "control"
+    """Scan and upkeep: a few messages an hour, never behind a million batches."""
+    BATCHES = "batches"
+    """Scheduled and requested refreshes: batch ids."""
+
+    ALL = (CONTROL, BATCHES)
+
+
+class TaskNames:
+    """The tasks by the names that messages carry."""
+
+    SCAN = "tasks.scan"
+    BATCH = "tasks.batch"
+    UPKEEP = "tasks.upkeep"
+
+
+# --- broker ---------------------------------------------------------------------------------------------------------
+broker_url = _settings.redis_url
+# Redis is a doorbell: kombu's emulated acknowledgements lost 32 tasks in 110 SIGKILLs all the same, and cost a fifth
+# of the throughput. Rows in PostgreSQL say what is done; upkeep rings again. Without emulation there is no
+# visibility_timeout, and nothing is redelivered behind our back.
+broker_transport_options: dict[str, Any] = {
+    "ack_emulation": False,
+    # The default waits for ever: a publish to a hung Redis would hang with it.
+    "socket_timeout": 10,
+    "socket_connect_timeout": 5,
+    "socket_keepalive": True,
+    "health_check_interval": 30,
+}
+broker_connection_timeout = 5
+# A worker that outlives its broker comes back by itself, however long that takes; the default gives up after 100 tries.
+broker_connection_max_retries = None
+broker_connection_retry_on_startup = True
+broker_pool_limit = 2
+
+# --- messages -------------------------------------------------------------------------------------------------------
+# JSON alone: a message is data, never code.
+accept_content = ["json"]
+task_serializer = "json"
+result_serializer = "json"
+event_serializer = "json"
+# Nobody reads results; each stored one is five more Redis commands.
+task_ignore_result = True
+task_store_errors_even_if_ignored = False
+task_publish_retry = False  # upkeep publishes again; a retry here would hold the scan
+
+# --- queues and routes ----------------------------------------------------------------------------------------------
+task_default_queue = QueueNames.CONTROL
+task_queues = [Queue(name) for name in QueueNames.ALL]
+task_create_missing_queues = False  # a typo in a route is an error, not a queue that nobody drains
+task_routes = {
+    TaskNames.SCAN: {"queue": QueueNames.CONTROL},
+    TaskNames.UPKEEP: {"queue": QueueNames.CONTROL},
+    TaskNames.BATCH: {"queue": QueueNames.BATCHES},
+}
+
+# --- workers --------------------------------------------------------------------------------------------------------
+# One process, one task at a time, many processes: the fastest pool for batches of milliseconds (0.6 of the bare loop
+# against prefork's 0.5), and a SIGKILL costs one batch. Its limits are the database's (db.py): Celery's time limits
+# hold in prefork alone and would do nothing here.
+worker_pool = "solo"
+worker_concurrency = 1
+# What lies in a killed worker's memory is found by upkeep, so keep it little; more buys nothing when a message
+# carries several batches.
+worker_prefetch_multiplier = 4
+worker_hijack_root_logger = False
+worker_redirect_stdouts = False
+# Flower's eyes. They cost about a quarter of the throughput with one batch a message (docs/guide.md).
+worker_send_task_events = _settings.credit_refresh_task_events
+task_send_sent_event = False
+worker_cancel_long_running_tasks_on_connection_loss = False
+
+# --- timetable ------------------------------------------------------------------------------------------------------
+timezone = "UTC"
+enable_utc = True
+beat_schedule_filename = str(_settings.credits_state_dir / "celerybeat-schedule")
+beat_scheduler = "tasks.beat:Scheduler"  # leaves a heartbeat file for health checks
+beat_max_loop_interval = 10  # seconds between heartbeats at most
+
+UPKEEP_INTERVAL = timedelta(minutes=1)
+_seconds = _settings.credit_refresh_interval_seconds
+if _seconds is not None:
+    _scan_at: crontab | schedule = schedule(timedelta(seconds=_seconds))
+    _upkeep_at: crontab | schedule = schedule(min(timedelta(seconds=_seconds), UPKEEP_INTERVAL))
+else:
+    # Wall-clock entries, because an interval starts anew whenever beat's file is lost: restarted often enough, it
+    # never fires. Beat rings each hour whatever the interval; the slot decides whether there is anything to open.
+    _scan_at = crontab.from_string(_settings.credit_refresh_cron) if _settings.credit_refresh_cron else crontab("0")
+    _upkeep_at = crontab()
+
+# A beat that has no file yet fires at once: the slot that passed while nobody watched is opened now. Where it was
+# opened already, the scan finds it taken.
+_LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
+beat_schedule: dict[str, dict[str, Any]] = {
+    "scan": {"task": TaskNames.SCAN, "schedule": _scan_at, "last_run_at": _LONG_AGO},
+    "upkeep": {"task": TaskNames.UPKEEP, "schedule": _upkeep_at, "last_run_at": _LONG_AGO},
+}

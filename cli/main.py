@@ -1,0 +1,75 @@
+"""The command group, and the one place where errors become lines and exit codes."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import click
+import psycopg
+
+from db import DatabaseError, one_line
+from embedded import EmbeddedError
+from refresh.runs import Refused
+from settings import SettingsError
+
+ERROR = 1
+REFUSED = 2
+FINISHED_WITH_FAILURES = 3
+
+# Imported when they are called: `credits --help` need not load Celery and a database driver's whole family.
+_COMMANDS = {
+    "db": "cli.database",
+    "demo": "cli.demo",
+    "pause": "cli.switch",
+    "resume": "cli.switch",
+    "scan": "cli.scan",
+    "up": "cli.up",
+    "users": "cli.users",
+}
+
+
+class _Commands(click.Group):
+    """Loads commands on demand; turns the errors that people can mend into one line each."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        del ctx
+        return sorted(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        del ctx
+        module = _COMMANDS.get(cmd_name)
+        if module is None:
+            return None
+        command: click.Command = getattr(import_module(module), cmd_name)
+        return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Refused as error:
+            raise _Line(str(error), REFUSED) from error
+        except (SettingsError, DatabaseError, EmbeddedError) as error:
+            raise _Line(str(error), ERROR) from error
+        except psycopg.errors.LockNotAvailable as error:
+            raise _Line(f"{one_line(error)}: another session holds the lock; try again", ERROR) from error
+        except psycopg.Error as error:
+            raise _Line(f"The database refused: {one_line(error)}", ERROR) from error
+
+
+class _Line(click.ClickException):
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="credit-refresh")
+def main() -> None:
+    """Give every user their periodic credits, exactly once per window.
+
+    Settings come from the environment. Without DATABASE_URL and REDIS_URL, commands use embedded servers, which live
+    in .state; `credits up` keeps them running.
+
+    Exit codes: 0 done, 1 error, 2 usage or refused, 3 finished with failed users.
+    """

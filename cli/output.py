@@ -1,0 +1,52 @@
+"""Output: answers on stdout, progress and notices on stderr, JSON where it was asked for."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import settings
+
+# NO_COLOR in Rich still prints bold and dim; people who set it want neither.
+_PLAIN = "NO_COLOR" in settings.environment()
+
+out = Console(no_color=_PLAIN, highlight=False, color_system=None if _PLAIN else "auto")
+err = Console(stderr=True, no_color=_PLAIN, highlight=False, color_system=None if _PLAIN else "auto")
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Answer in JSON on stdout.")
+
+
+def answer(text: str, facts: dict[str, Any], *, as_json: bool) -> None:
+    """Print an answer: a sentence, or its facts as one JSON object."""
+    if as_json:
+        click.echo(json.dumps(facts, default=str))
+    else:
+        out.print(text, soft_wrap=True, markup=False)
+
+
+def progress() -> Progress:
+    """A bar on stderr; nothing at all where stderr is no terminal."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=err,
+        disable=not err.is_terminal,
+        transient=False,
+    )
+
+
+def table(title: str, rows: list[dict[str, Any]]) -> Table:
+    """A table of rows whose keys are its headings."""
+    drawn = Table(title=title, title_justify="left")
+    for heading, value in rows[0].items() if rows else ():
+        drawn.add_column(heading, justify="right" if isinstance(value, int) else "left", overflow="fold")
+    for row in rows:
+        drawn.add_row(*("" if value is None else str(value) for value in row.values()))
+    return drawn

@@ -1,0 +1,63 @@
+"""The service's own processes, as `credits up`, `credits demo` and the benchmark start them."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from settings import CHECKOUT, environment
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from embedded import Servers
+    from embedded.processes import Supervisor
+
+_CELERY = (sys.executable, "-m", "celery", "-A", "tasks")
+
+
+class Service:
+    """Starts workers, beat and Flower against given servers.
+
+    Args:
+        supervisor: who runs and ends them.
+        running: the servers.
+        logs: a folder for a log file each; None: their lines go to our stderr.
+        variables: further environment variables.
+    """
+
+    def __init__(
+        self, supervisor: Supervisor, running: Servers, *, logs: Path | None = None, **variables: str
+    ) -> None:
+        self._supervisor = supervisor
+        self._logs = logs
+        self._environment = environment(
+            DATABASE_URL=running.database_url,
+            REDIS_URL=running.redis_url,
+            CREDITS_STATE_DIR=str(running.state),
+            **variables,
+        )
+
+    def start_worker(self, name: str) -> None:
+        """A worker over all queues: one process, one task at a time."""
+        self._start(name, "worker", "--hostname", f"{name}@%h", "--without-gossip", "--without-mingle")
+
+    def start_beat(self) -> None:
+        """Beat, which rings each hour."""
+        self._start("beat", "beat")
+
+    def start_flower(self, port: int, credentials: str) -> None:
+        """Flower on loopback, for looking only. The password goes by the environment: arguments show in `ps`."""
+        self._environment["FLOWER_BASIC_AUTH"] = credentials
+        self._start(
+            "flower", "flower", "--address=127.0.0.1", f"--port={port}", "--read-only", "--purge-offline-workers=10"
+        )
+
+    def _start(self, name: str, *arguments: str) -> None:
+        self._supervisor.start(
+            name,
+            [*_CELERY, *arguments],
+            env=self._environment,
+            cwd=CHECKOUT,
+            log=self._logs / f"{name}.log" if self._logs else None,
+        )

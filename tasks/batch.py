@@ -1,0 +1,57 @@
+"""The batch task: refresh the batches that a message names, each in a transaction of its own."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+import structlog
+
+import logs
+from celeryconfig import TaskNames
+from db import one_line
+from refresh import delivery, runs
+from refresh.batch import Outcome, granted_users, pending_statements, refresh_batch
+from tasks.app import app, config, database
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger("credits.batch")
+
+
+@app.task(name=TaskNames.BATCH)
+def batch(batch_ids: list[int]) -> None:
+    """Refresh batches; end the runs that have nothing left."""
+    if not config.credit_refresh_enabled:
+        return
+    with database().statements() as connection:
+        outcomes = [_refresh(connection, *pending) for pending in pending_statements(connection, batch_ids)]
+        log_finished(runs.finish_runs(connection, {done.run_id for done in outcomes if done}))
+
+
+def _refresh(connection: psycopg.Connection[Any], batch_id: int, statement: str) -> Outcome | None:
+    try:
+        outcome = refresh_batch(connection, batch_id, statement)
+    except psycopg.Error as error:
+        # The statement changed nothing. Upkeep tries again: after a backoff, or, where the connection is gone and
+        # the failure cannot be noted, once the batch counts as lost.
+        log.exception(f"{logs.PREFIX} Error refreshing credits", batch_id=batch_id, error=one_line(error))
+        if connection.closed:
+            raise
+        delivery.record_failure(connection, batch_id, one_line(error))
+        return None
+    if outcome and log.isEnabledFor(logging.DEBUG):
+        for external_id, credits_added in granted_users(connection, batch_id):
+            log.debug(
+                f"{logs.PREFIX} Successfully refreshed {credits_added} credits for user {external_id}",
+                run_id=str(outcome.run_id),
+            )
+    return outcome
+
+
+def log_finished(finished: Iterable[runs.Finished]) -> None:
+    """Say of each run that it ended, and how."""
+    for run in finished:
+        log.info(f"{logs.PREFIX} Batch refresh completed", **run.facts())
