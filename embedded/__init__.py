@@ -108,8 +108,8 @@ def _own(  # noqa: PLR0913 - servers()'s own arguments
     folders: Folders, *, postgres: bool, redis: bool, fresh: bool, durable: bool, programs: Path | None
 ) -> Iterator[Servers]:
     claim_cluster(folders)
+    _clear_leftovers(folders)
     if fresh:
-        _clear_leftovers(folders)
         postgres_server.wipe(folders)
         redis_server.wipe(folders)
     with contextlib.ExitStack() as stack:
@@ -168,8 +168,8 @@ def remove(name: str, state_dir: Path) -> None:
 
 
 def _clear_leftovers(folders: Folders) -> None:
-    for uid in {os.geteuid(), folders.account.uid if folders.account else os.geteuid()}:
-        leftovers.clear(folders.marker, uid)
+    uids = [os.geteuid(), *([folders.account.uid] if folders.account else [])]
+    leftovers.clear(folders.marker, uids)
 
 
 def _remove_socket_folders(folders: Folders) -> None:

@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING
 
 import psycopg
 
-from embedded import leftovers
 from embedded.errors import EmbeddedError
 from embedded.folders import ROOTS_FOLDER, Folders, make_private, make_roots_folder, remove_tree
 from embedded.log import excerpt, fresh_log
@@ -128,7 +127,9 @@ class Postgres:
 
     @classmethod
     def start(cls, folders: Folders, *, durable: bool, programs: Path | None) -> Postgres:
-        """Clear what an earlier run left, create the cluster if there is none, start it, create the database.
+        """Create the cluster if there is none, start it, create the database.
+
+        No server of an earlier run may be alive on it (see leftovers.py).
 
         Args:
             folders: where it keeps what.
@@ -142,7 +143,6 @@ class Postgres:
             programs = find_programs()
             if folders.account is not None:
                 programs = _copy_for_all(programs)
-        leftovers.clear(folders.marker, folders.account.uid if folders.account else os.geteuid())
         _initialise(folders, programs)
         _write_access_rules(folders.cluster)
         make_private(folders.postgres_socket, folders.account)

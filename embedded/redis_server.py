@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 
 import redis
 
-from embedded import leftovers
 from embedded.errors import EmbeddedError
 from embedded.folders import Folders, make_private, remove_tree
 from embedded.log import excerpt, fresh_log
@@ -72,13 +71,14 @@ class Redis:
 
     @classmethod
     def start(cls, folders: Folders) -> Redis:
-        """Clear what an earlier run left and start a server; data that it cannot read are put aside once.
+        """Start a server; data that it cannot read are put aside once.
+
+        No server of an earlier run may be alive on them (see leftovers.py).
 
         Raises:
             EmbeddedError: it does not start; the text ends with the last lines of its log.
         """
         program = find_program()
-        leftovers.clear(folders.marker, os.geteuid())
         make_private(folders.redis_socket)
         try:
             return cls._start(folders, program)

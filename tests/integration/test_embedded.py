@@ -212,10 +212,12 @@ def test_a_stale_pid_file_whose_number_lives_on_blocks_nobody(state_dir: Path, f
         pid_file = folders.cluster / "postgres" / "postmaster.pid"
         lines = pid_file.read_text().splitlines()
         pid_file.write_text("\n".join([str(bystander.pid), *lines[1:]]))
-        with embedded.servers(NAME, state_dir) as again:
-            assert read(again) == (None, None)
-        assert bystander.poll() is None, "a bystander was stopped"
-        bystander.kill()
+        try:
+            with embedded.servers(NAME, state_dir) as again:
+                assert read(again) == (None, None)
+            assert bystander.poll() is None, "a bystander was stopped"
+        finally:
+            bystander.kill()
 
 
 def test_a_half_made_cluster_is_made_anew(state_dir: Path, folders: Folders) -> None:

@@ -1,0 +1,65 @@
+"""Fixtures that every kind of test shares: real servers, and a fresh migrated database for each test."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+import embedded
+import settings
+from cli.database import migrate
+from db import Database
+from tests.cluster import Cluster
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--postgres-bin",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="run the tests on another PostgreSQL than the embedded one: the folder of its programs",
+    )
+
+
+@pytest.fixture(scope="session")
+def servers(request: pytest.FixtureRequest) -> Iterator[embedded.Servers]:
+    """PostgreSQL and Redis for this test process, without fsync and with no data."""
+    name = f"test-{os.getpid()}"
+    state = settings.load().credits_state_dir
+    programs = request.config.getoption("--postgres-bin")
+    with embedded.servers(name, state, fresh=True, durable=False, postgres_programs=programs) as running:
+        yield running
+    embedded.remove(name, state)
+
+
+@pytest.fixture(scope="session")
+def cluster(servers: embedded.Servers) -> Cluster:
+    made = Cluster(servers, template="credits_template")
+    with made.admin() as connection:
+        connection.execute("CREATE DATABASE credits_template")
+    template = Database(made.url(made.template), "credits")
+    migrate(template)
+    template.close()
+    return made
+
+
+@pytest.fixture
+def database_url(cluster: Cluster) -> Iterator[str]:
+    """The URL of a fresh migrated database."""
+    name = cluster.create(cluster.template)
+    yield cluster.url(name)
+    cluster.drop(name)
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[Database]:
+    """A fresh migrated database."""
+    opened = Database(database_url, "credits", name="test", pooled=True)
+    yield opened
+    opened.close()

@@ -1,0 +1,186 @@
+"""Delivery: what is lost is published again, what fails is retried a few times, what is done ends its run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from refresh import delivery, runs
+
+if TYPE_CHECKING:
+    from tests.integration.world import World
+
+LATER = "UPDATE credit_refresh_batches SET published_at = published_at - interval '31 seconds'"
+BACKOFF_OVER = "UPDATE credit_refresh_batches SET next_attempt_at = now() WHERE next_attempt_at IS NOT NULL"
+
+
+def upkeep(world: World, *, max_attempts: int = 3) -> list[int]:
+    """What upkeep does between two looks at an empty queue; returns the batches that it publishes."""
+    with world.database.statements() as connection:
+        delivery.record_losses(connection)
+        delivery.give_up_batches(connection, max_attempts=max_attempts)
+        runs.finish_runs(connection)
+    return world.claim(max_attempts=max_attempts)
+
+
+def test_a_batch_is_published_once_and_then_left_alone(world: World) -> None:
+    world.users(150)
+    run = world.scan()
+    assert len(world.claim(run)) == 2
+    assert world.claim(run) == []
+    assert upkeep(world) == []
+
+
+def test_a_scan_that_died_before_it_published_is_made_up_for(world: World) -> None:
+    world.users(150)
+    run = world.scan()
+    ids = upkeep(world)
+    assert len(ids) == 2
+    world.work(ids)
+    assert world.progress(run).status == "succeeded"
+    assert world.value("SELECT max(attempts) FROM credit_refresh_batches") == 0
+
+
+def test_a_lost_batch_is_published_again_and_counts_as_an_attempt(world: World) -> None:
+    ada = world.user()
+    run = world.scan()
+    ids = world.claim(run)
+    world.sql.execute(LATER)
+    assert upkeep(world) == ids
+    assert world.value("SELECT attempts FROM credit_refresh_batches") == 1
+    world.work(ids)
+    assert world.progress(run).status == "succeeded"
+    assert len(world.history(ada)) == 1
+
+
+def test_a_batch_in_a_workers_hands_is_not_lost_however_long_it_takes(world: World) -> None:
+    ada = world.user()
+    ids = world.claim(world.scan())
+    world.sql.execute(LATER)
+    with world.host() as host, world.background(ids) as worker:
+        host.execute("UPDATE users SET credit_balance = 1 WHERE id = %s", (ada,))
+        worker.start()
+        world.until(lambda: world.waiting("test") == 1, "the batch waits for the host")
+        assert upkeep(world) == []
+        host.commit()
+        worker.result()
+    assert world.value("SELECT attempts FROM credit_refresh_batches") == 0
+
+
+def test_with_messages_in_the_queue_a_batch_is_rung_for_much_later_and_it_is_nobodys_attempt(world: World) -> None:
+    world.user()
+    ids = world.claim(world.scan())
+    world.sql.execute(LATER)
+    assert world.claim() == []
+    world.sql.execute("UPDATE credit_refresh_batches SET published_at = now() - interval '11 minutes'")
+    assert world.claim() == ids
+    assert world.value("SELECT attempts FROM credit_refresh_batches") == 0
+
+
+def test_a_worker_that_dies_with_a_batch_each_time_makes_it_fail_after_so_many_attempts(world: World) -> None:
+    ada = world.user()
+    run = world.scan()
+    deliveries = len(world.claim(run))
+    for _ in range(5):
+        world.sql.execute(LATER)
+        deliveries += len(upkeep(world, max_attempts=3))
+    done = world.progress(run)
+    assert deliveries == 3
+    assert (done.status, done.users_failed, done.users_selected) == ("failed", 1, 1)
+    assert done.error == "its worker died, or its message was lost"
+    assert world.value("SELECT error FROM credit_refresh_runs") == done.error
+    assert world.history(ada) == []
+    assert world.scan().users_selected == 1  # due again
+
+
+def test_a_failing_statement_is_retried_with_growing_pauses_then_given_up(world: World) -> None:
+    ada = world.user()
+    world.user("bob")
+    run = world.scan()
+    (batch_id,) = world.claim(run)
+    pauses = []
+    for _ in range(3):
+        with world.database.statements() as connection:
+            delivery.record_failure(connection, batch_id, "host trigger says no")
+        pauses.append(
+            world.value("SELECT round(extract(epoch FROM next_attempt_at - now())) FROM credit_refresh_batches")
+        )
+        assert world.claim() == []  # not before its time
+        world.sql.execute(BACKOFF_OVER)
+        upkeep(world, max_attempts=3)
+    assert pauses == [10, 20, 40]
+    done = world.progress(run)
+    assert (done.status, done.users_failed, done.error) == ("failed", 2, "host trigger says no")
+    assert world.see(ada)["credit_balance"] == 400
+
+
+def test_a_retry_that_works_leaves_no_trace_of_the_failure_but_its_attempts(world: World) -> None:
+    world.user()
+    run = world.scan()
+    (batch_id,) = world.claim(run)
+    with world.database.statements() as connection:
+        assert delivery.record_failure(connection, batch_id, "server closed the connection") == 1
+    world.sql.execute(BACKOFF_OVER)
+    world.work(upkeep(world))
+    assert world.progress(run).status == "succeeded"
+    row = world.row("SELECT attempts, error FROM credit_refresh_batches")
+    assert (row["attempts"], row["error"]) == (1, None)
+
+
+def test_a_failure_that_comes_after_somebody_else_did_the_batch_is_not_noted(world: World) -> None:
+    world.user()
+    (batch_id,) = world.claim(world.scan())
+    world.work([batch_id])
+    with world.database.statements() as connection:
+        assert delivery.record_failure(connection, batch_id, "too late") == 0
+    assert world.row("SELECT status, error FROM credit_refresh_batches") == {"status": "done", "error": None}
+
+
+def test_what_the_broker_did_not_take_is_published_by_the_next_upkeep(world: World) -> None:
+    world.user()
+    ids = world.claim(world.scan())
+    with world.database.statements() as connection:
+        delivery.unclaim_batches(connection, ids)
+    assert upkeep(world) == ids
+    assert world.value("SELECT attempts FROM credit_refresh_batches") == 0
+
+
+def test_some_batches_failed_and_some_done_is_partial(world: World) -> None:
+    world.users(150)
+    run = world.scan()
+    first, second = world.claim(run)
+    world.work([first])
+    with world.database.statements() as connection:
+        delivery.record_failure(connection, second, "boom")
+    upkeep(world, max_attempts=1)
+    done = world.progress(run)
+    assert (done.status, done.users_refreshed, done.users_failed) == ("partial", 100, 50)
+    totals = world.row("SELECT users_refreshed, users_failed, batches_total, status FROM credit_refresh_runs")
+    assert totals == {"users_refreshed": 100, "users_failed": 50, "batches_total": 2, "status": "partial"}
+
+
+@pytest.mark.parametrize("paused", [True, False])
+def test_while_paused_nothing_is_published_or_counted(world: World, *, paused: bool) -> None:
+    world.user()
+    world.claim(world.scan())
+    world.sql.execute(LATER)
+    world.sql.execute("UPDATE settings SET enabled = %s", (not paused,))
+    assert len(upkeep(world)) == (0 if paused else 1)
+    assert world.value("SELECT attempts FROM credit_refresh_batches") == (0 if paused else 1)
+
+
+def test_two_workers_that_close_the_last_two_batches_at_once_end_the_run_once(world: World) -> None:
+    one, two = world.user("one"), world.user("two")
+    run = world.scan(batch_size=1)
+    ids = world.claim(run)
+    with world.host() as host, world.calls(*(lambda id_=id_: world.work([id_]) for id_ in ids)) as both:
+        host.execute("UPDATE users SET credit_balance = 0 WHERE id = ANY (%s)", ([one, two],))
+        both.start()
+        world.until(lambda: world.waiting("test") == 2, "both are in their batch")
+        host.commit()
+        both.results()
+    done = world.progress(run)
+    assert (done.status, done.users_refreshed, done.credits_granted) == ("succeeded", 2, 2_000)
+    with world.database.statements() as connection:
+        assert runs.finish_runs(connection) == []

@@ -1,0 +1,164 @@
+"""Migrations up, down and against the models; partitions; the append-only audit log."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import psycopg
+import pytest
+from alembic import command
+from alembic.config import Config
+from alembic.util import CommandError
+
+from cli.database import migrate
+from db import ALEMBIC_INI, Database, DatabaseError
+from refresh.partitions import ensure_partitions
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.cluster import Cluster
+    from tests.integration.world import World
+
+
+@pytest.fixture
+def empty(cluster: Cluster) -> Iterator[Database]:
+    name = cluster.create("template1")
+    opened = Database(cluster.url(name), "credits")
+    yield opened
+    opened.close()
+    cluster.drop(name)
+
+
+def alembic(database: Database, what: str, *arguments: str) -> None:
+    with database.connect() as connection:
+        configuration = Config(ALEMBIC_INI)
+        configuration.attributes["connection"] = connection
+        configuration.print_stdout = lambda *_args: None
+        getattr(command, what)(configuration, *arguments)
+
+
+def objects(database: Database) -> set[str]:
+    with database.statements() as connection:
+        rows = connection.execute(
+            """
+            SELECT 'table ' || relname FROM pg_class WHERE relnamespace = 'credits'::regnamespace AND relkind IN ('r', 'p')
+            UNION ALL
+            SELECT 'function ' || proname FROM pg_proc WHERE pronamespace = 'credits'::regnamespace
+            """
+        )
+        return {name for (name,) in rows}
+
+
+def test_up_and_down_and_up_again(empty: Database) -> None:
+    migrate(empty)
+    first = objects(empty)
+    alembic(empty, "downgrade", "base")
+    assert objects(empty) == {"table alembic_version"}
+    migrate(empty)
+    assert objects(empty) == first
+    empty.require_migrated()
+
+
+def test_the_models_describe_what_the_migrations_make(empty: Database) -> None:
+    migrate(empty)
+    alembic(empty, "check")
+    with empty.statements() as connection:
+        connection.execute("ALTER TABLE users ADD COLUMN stray text")
+    with pytest.raises(CommandError, match="stray"):
+        alembic(empty, "check")
+
+
+def test_migrating_twice_changes_nothing(empty: Database) -> None:
+    migrate(empty)
+    migrate(empty)
+    with empty.statements() as connection:
+        assert connection.execute("SELECT count(*) FROM plans").fetchone() == (2,)
+
+
+def test_the_tiers_of_the_environment_become_plans_once(empty: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CREDITS_FREE_TIER", "1234")
+    migrate(empty)
+    with empty.statements() as connection:
+        rows = connection.execute("SELECT code, amount, cadence, interval_days, grant_mode FROM plans ORDER BY 1")
+        assert rows.fetchall() == [("free", 1_234, "rolling", 30, "fill"), ("pro", 20_000, "rolling", 30, "fill")]
+
+
+def test_a_schema_of_another_name(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABASE_SCHEMA", "grants")
+    name = cluster.create("template1")
+    database = Database(cluster.url(name), "grants")
+    migrate(database)
+    alembic(database, "check")
+    with database.statements() as connection:
+        assert connection.execute("SELECT to_regclass('grants.users')::text, to_regclass('credits.users')").fetchone() == (
+            "users",
+            None,
+        )
+    database.close()
+    cluster.drop(name)
+
+
+def test_a_migration_that_meets_a_lock_gives_up_instead_of_blocking_everybody(world: World) -> None:
+    with world.host() as host, pytest.raises(Exception, match="lock timeout") as caught:
+        host.execute("LOCK TABLE users")
+        alembic(world.database, "downgrade", "base")
+    assert isinstance(getattr(caught.value, "orig", None), psycopg.errors.LockNotAvailable)
+
+
+def test_a_database_that_is_not_migrated_is_refused_in_one_line(empty: Database) -> None:
+    with pytest.raises(DatabaseError, match=r"run `credits db upgrade` first"):
+        empty.require_migrated()
+
+
+def test_a_database_of_another_release_is_refused_in_one_line(world: World) -> None:
+    world.sql.execute("UPDATE alembic_version SET version_num = '9999'")
+    with pytest.raises(DatabaseError, match="at migration 9999, this release needs"):
+        world.database.require_migrated()
+
+
+AUDITED = "INSERT INTO credit_audit_logs (actor, action, occurred_at) VALUES ('test', 'tried', %s)"
+
+
+@pytest.mark.parametrize("when", ["2026-01-15", "now"])
+@pytest.mark.parametrize("statement", ["UPDATE {} SET actor = 'nobody'", "DELETE FROM {}", "TRUNCATE {}"])
+@pytest.mark.parametrize("on", ["parent", "partition"])
+def test_the_audit_log_is_append_only(world: World, when: str, statement: str, on: str) -> None:
+    world.sql.execute(AUDITED, (when,))
+    partition = world.value("SELECT tableoid::regclass::text FROM credit_audit_logs")
+    assert (partition == "credit_audit_logs_default") == (when != "now")
+    table = "credit_audit_logs" if on == "parent" else partition
+    with pytest.raises(psycopg.errors.InsufficientPrivilege, match="append-only"):
+        world.sql.execute(statement.format(table))
+    assert world.value("SELECT count(*) FROM credit_audit_logs WHERE actor = 'test'") == 1
+
+
+def test_upkeep_makes_the_partitions_of_the_coming_months_and_protects_them(world: World) -> None:
+    with world.database.transaction() as connection:
+        assert ensure_partitions(connection) == []  # the migration made them
+    gone = world.value(
+        "SELECT to_char(now() + interval '3 months', '\"credit_audit_logs_y\"YYYY\"m\"MM')"
+    )
+    world.sql.execute(f"DROP TABLE {gone}")
+    with world.database.transaction() as connection:
+        assert ensure_partitions(connection) == [gone]
+    with pytest.raises(psycopg.errors.InsufficientPrivilege, match="append-only"):
+        world.sql.execute(f"TRUNCATE {gone}")
+
+
+def test_a_month_that_has_rows_in_the_default_partition_stays_there(world: World) -> None:
+    month = world.value("SELECT to_char(now() + interval '3 months', '\"y\"YYYY\"m\"MM')")
+    world.sql.execute(f"DROP TABLE credit_audit_logs_{month}")
+    world.sql.execute("INSERT INTO credit_audit_logs (actor, action, occurred_at) VALUES ('a', 'b', now() + '3 months')")
+    with world.database.transaction() as connection:
+        assert ensure_partitions(connection) == []
+
+
+def test_a_window_outside_all_months_is_caught(world: World) -> None:
+    ada = world.user()
+    world.sql.execute("UPDATE users SET next_refresh_at = '2020-05-05' WHERE id = %s", (ada,))
+    as_of = world.value("SELECT '2020-05-06'::timestamptz")
+    world.refresh(as_of=as_of)
+    assert world.value("SELECT tableoid::regclass::text FROM credit_refresh_histories") == (
+        "credit_refresh_histories_default"
+    )

@@ -1,0 +1,19 @@
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from refresh.delivery import MESSAGE_IDS_MAX, messages
+
+
+@given(st.integers(0, 20_000))
+def test_every_batch_is_in_exactly_one_message(count: int) -> None:
+    ids = list(range(count))
+    cut = messages(ids)
+    assert [id_ for message in cut for id_ in message] == ids
+    assert all(1 <= len(message) <= MESSAGE_IDS_MAX for message in cut)
+
+
+def test_a_small_run_puts_one_batch_into_a_message_and_a_large_one_several() -> None:
+    assert {len(message) for message in messages(list(range(99)))} == {1}
+    assert max(len(message) for message in messages(list(range(10_000)))) == MESSAGE_IDS_MAX

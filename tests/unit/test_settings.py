@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+
+import settings
+
+
+def test_absent_variables_have_the_documented_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in settings.Settings.model_fields:
+        monkeypatch.delenv(name.upper(), raising=False)
+    loaded = settings.load()
+    assert loaded.database_url is None
+    assert loaded.database_schema == "credits"
+    assert loaded.credit_refresh_enabled is True
+    assert loaded.interval == timedelta(hours=1)
+    assert loaded.credit_refresh_batch_size == 100
+    assert (loaded.credits_free_tier, loaded.credits_pro_tier) == (1_000, 20_000)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("CREDIT_REFRESH_BATCH_SIZE", "many", "valid integer"),
+        ("CREDIT_REFRESH_BATCH_SIZE", "0", "greater than or equal to 1"),
+        ("CREDIT_REFRESH_INTERVAL_HOURS", "1.5", "valid integer"),
+        ("CREDIT_REFRESH_ENABLED", "perhaps", "valid boolean"),
+        ("CREDIT_REFRESH_CRON", "every day", "0 2 * * *"),
+        ("CREDIT_REFRESH_CRON", "61 * * * *", "0 2 * * *"),
+        ("CREDIT_REFRESH_CRON", "0 0 2 * * *", "five fields"),
+        ("DATABASE_SCHEMA", 'credits"; drop', "plain lower-case SQL name"),
+        ("DATABASE_SCHEMA", "public", "schema of its own"),
+        ("CREDITS_FREE_TIER", "-1", "greater than or equal to 1"),
+        ("LOG_LEVEL", "LOUD", "DEBUG"),
+    ],
+)
+def test_a_bad_value_gives_one_line_that_names_variable_and_value(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, says: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(settings.SettingsError) as caught:
+        settings.load()
+    line = str(caught.value)
+    assert line.startswith(f"{name}={value!r}: ")
+    assert says in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize("name", ["DATABASE_URL", "REDIS_URL"])
+def test_a_bad_url_is_named_without_its_password(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "mysql://app:hunter2@db/app")
+    with pytest.raises(settings.SettingsError) as caught:
+        settings.load()
+    assert str(caught.value).startswith(f"{name}: must start with ")
+    assert "hunter2" not in str(caught.value)
+
+
+def test_urls_are_brought_into_the_form_of_their_drivers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABASE_URL", "postgres://app@db/app")
+    monkeypatch.setenv("REDIS_URL", "unix:///run/redis.sock")
+    loaded = settings.load()
+    assert loaded.database_url == "postgresql+psycopg://app@db/app"
+    assert loaded.redis_url == "redis+socket:///run/redis.sock"
