@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from io import StringIO
+from typing import TYPE_CHECKING
+
 import click
 from alembic import command
 from alembic.config import Config
@@ -11,17 +15,26 @@ from cli.output import answer, json_option
 from cli.session import session
 from db import ALEMBIC_INI, Database, DatabaseError
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 
 @click.group()
 def db() -> None:
     """Prepare the database and check it."""
 
 
+@contextmanager
+def alembic(database: Database) -> Iterator[Config]:
+    """Alembic's configuration over a connection of ours, for `alembic.command`."""
+    with database.connect() as connection:
+        # What it prints of its own doing goes nowhere: our answers are on stdout.
+        yield Config(ALEMBIC_INI, stdout=StringIO(), attributes={"connection": connection})
+
+
 def migrate(database: Database) -> None:
     """Bring the schema to this release."""
-    with database.connect() as connection:
-        configuration = Config(ALEMBIC_INI)
-        configuration.attributes["connection"] = connection
+    with alembic(database) as configuration:
         command.upgrade(configuration, "head")
 
 
@@ -43,10 +56,7 @@ def upgrade(*, as_json: bool) -> None:
 @json_option
 def check(*, as_json: bool) -> None:
     """Compare the tables with this release; exit 1 where they differ."""
-    with session() as opened, opened.database.connect() as connection:
-        configuration = Config(ALEMBIC_INI)
-        configuration.attributes["connection"] = connection
-        configuration.print_stdout = lambda *_args: None
+    with session() as opened, alembic(opened.database) as configuration:
         try:
             command.check(configuration)
         except CommandError as error:

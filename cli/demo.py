@@ -75,7 +75,7 @@ def _show(database: Database, supervisor: Supervisor) -> None:
         done = _follow(connection, supervisor, first)
         _summarise(done)
         _one_user(connection, first)
-        _say(f"Waiting for the next slot ({INTERVAL_SECONDS} seconds wide here): whoever was refreshed is not due again")
+        _say(f"Waiting for the next slot ({INTERVAL_SECONDS} s wide here): whoever was refreshed is not due again")
         second = _follow(connection, supervisor, _await_run(connection, supervisor, after=first))
         out.print(
             f"Second scan: run {second.run_id}, slot {_clock(second)}, {second.status}, "

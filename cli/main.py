@@ -10,7 +10,7 @@ import psycopg
 
 from db import DatabaseError, one_line
 from embedded import EmbeddedError
-from refresh.runs import Refused
+from refresh.runs import RefusedError
 from settings import SettingsError
 
 ERROR = 1
@@ -47,20 +47,22 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except Refused as error:
-            raise _Line(str(error), REFUSED) from error
+        except RefusedError as error:
+            raise _Refused(str(error)) from error
         except (SettingsError, DatabaseError, EmbeddedError) as error:
-            raise _Line(str(error), ERROR) from error
+            raise _Failed(str(error)) from error
         except psycopg.errors.LockNotAvailable as error:
-            raise _Line(f"{one_line(error)}: another session holds the lock; try again", ERROR) from error
+            raise _Failed(f"{one_line(error)}: another session holds the lock; try again") from error
         except psycopg.Error as error:
-            raise _Line(f"The database refused: {one_line(error)}", ERROR) from error
+            raise _Failed(f"The database refused: {one_line(error)}") from error
 
 
-class _Line(click.ClickException):
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
+class _Failed(click.ClickException):
+    exit_code = ERROR
+
+
+class _Refused(click.ClickException):
+    exit_code = REFUSED
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -26,9 +26,7 @@ class Service:
         variables: further environment variables.
     """
 
-    def __init__(
-        self, supervisor: Supervisor, running: Servers, *, logs: Path | None = None, **variables: str
-    ) -> None:
+    def __init__(self, supervisor: Supervisor, running: Servers, *, logs: Path | None = None, **variables: str) -> None:
         self._supervisor = supervisor
         self._logs = logs
         self._environment = environment(

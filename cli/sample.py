@@ -25,6 +25,8 @@ COLUMNS = (
 AMOUNTS = {"free": 1_000, "pro": 20_000}
 WINDOW = timedelta(days=30)
 DUE_SHARE = 1 / 3
+HELD_SHARE = 0.01
+CUSTOM_SHARE = 0.02
 
 
 def write_sample(path: Path, users: int, now: datetime) -> None:
@@ -38,8 +40,8 @@ def write_sample(path: Path, users: int, now: datetime) -> None:
         writer.writerow(COLUMNS)
         for number in range(1, users + 1):
             plan = dice.choices(("free", "pro"), weights=(4, 1))[0]
-            held = dice.random() < 0.01
-            custom = dice.choice((5_000, 50_000)) if dice.random() < 0.02 else ""
+            held = dice.random() < HELD_SHARE
+            custom = dice.choice((5_000, 50_000)) if dice.random() < CUSTOM_SHARE else ""
             due_in = WINDOW * (dice.random() - DUE_SHARE)
             writer.writerow(
                 (

@@ -12,7 +12,7 @@ from cli.main import FINISHED_WITH_FAILURES
 from cli.output import answer, err, json_option, progress
 from cli.session import Session, actor, session
 from refresh import runs
-from tasks.app import app
+from tasks.app import use_broker
 from tasks.publish import publish_batches
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ STALLED_SECONDS = 10.0
 """How long `--wait` sees nothing move before it says what is missing."""
 
 
-class Instant(click.ParamType):
+class Instant(click.ParamType[datetime]):
     """An ISO 8601 date and time with its offset from UTC."""
 
     name = "instant"
@@ -37,7 +37,7 @@ class Instant(click.ParamType):
         except ValueError:
             self.fail(f"{value!r} is not an instant such as 2026-12-01T00:00:00Z", param, ctx)
         if parsed.tzinfo is None:
-            self.fail(f"{value!r} names no zone: write {value}Z for UTC, or an offset such as {value}+02:00", param, ctx)
+            self.fail(f"{value!r} names no zone: write {value}Z for UTC, or {value}+02:00", param, ctx)
         return parsed.astimezone(UTC)
 
 
@@ -75,10 +75,8 @@ def scan(ctx: click.Context, *, dry_run: bool, as_of: datetime | None, wait: boo
         if isinstance(run, runs.NotOpened):
             _not_opened(run, as_json=as_json)
             return
-        app.conf.broker_url = opened.settings.redis_url
-        publish_batches(
-            opened.database, max_attempts=opened.settings.credit_refresh_max_attempts, run_id=run.run_id
-        )
+        use_broker(opened.settings.redis_url)
+        publish_batches(opened.database, max_attempts=opened.settings.credit_refresh_max_attempts, run_id=run.run_id)
         if not wait:
             kind = "Dry run" if run.dry_run else "Run"
             text = f"{kind} {run.run_id}: {run.users_selected:,} users due, {run.batches_total:,} batches published."

@@ -166,4 +166,3 @@ def messages(batch_ids: list[int]) -> list[list[int]]:
     """
     size = max(1, min(MESSAGE_IDS_MAX, len(batch_ids) // MESSAGES_ENOUGH))
     return [batch_ids[i : i + size] for i in range(0, len(batch_ids), size)]
-

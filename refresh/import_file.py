@@ -10,7 +10,7 @@ import csv
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from refresh.import_columns import COLUMNS, KEY, Column, shown
-from refresh.runs import Refused
+from refresh.runs import RefusedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -76,11 +76,11 @@ class _Lines:
                 self.end += len(raw)
             raise csv.Error(f"the row is longer than {MAX_ROW_BYTES:,} bytes")
         if b"\0" in raw:
-            self.problem = "holds a NUL byte"
+            self.problem = "the row holds a NUL byte"
         try:
             return raw.decode()
         except UnicodeDecodeError:
-            self.problem = "is not UTF-8"
+            self.problem = "the row is not UTF-8"
             return raw.decode(errors="surrogateescape")  # the file of rejects gives the same bytes back
 
 
@@ -94,48 +94,48 @@ class UserFile:
     Attributes:
         columns: what the header names, in its order.
         size: in bytes.
-        read: how many bytes `rows()` has read.
 
     Raises:
-        Refused: not a CSV, or not one of users.
+        RefusedError: not a CSV, or not one of users.
     """
 
     def __init__(self, file: BinaryIO, name: str) -> None:
         if not file.seekable():
-            raise Refused(f"{name} cannot be read twice: save it as a file first")
+            raise RefusedError(f"{name} cannot be read twice: save it as a file first")
         self._file = file
         self.name = name
         self.size = file.seek(0, 2)
         file.seek(0)
         start = file.read(len(_BOM))
         if start.startswith(_UTF16):
-            raise Refused(f"{name} is UTF-16: save it as CSV in UTF-8")
+            raise RefusedError(f"{name} is UTF-16: save it as CSV in UTF-8")
         self._lines = _Lines(file, len(_BOM) if start == _BOM else 0)
         self.columns = self._header()
 
     @property
     def read(self) -> int:
+        """How many bytes have been read, for a progress bar."""
         return self._lines.end
 
     def _header(self) -> list[Column]:
         allowed = f"allowed columns: {', '.join(COLUMNS)}"
         row = next(_rows(self._lines), None)
         if row is None:
-            raise Refused(f"{self.name} is empty: it needs a header line; {allowed}")
+            raise RefusedError(f"{self.name} is empty: it needs a header line; {allowed}")
         place = f"{self.name}, line {row.line}"
         if row.problem is not None:
-            raise Refused(f"{place}: this is not a CSV file in UTF-8: the header {row.problem}; {allowed}")
+            raise RefusedError(f"{place}: this is not a CSV file in UTF-8: {row.problem}; {allowed}")
         names = [cell.strip() for cell in row.cells]
         for number, name in enumerate(names, 1):
             if name not in COLUMNS:
                 separators = ";" in name or "\t" in name
                 hint = "; cells are separated by commas" if separators else ""
                 unknown = f"unknown column {shown(name)}" if name else f"column {number} has no name"
-                raise Refused(f"{place}: {unknown}{hint}; {allowed}")
+                raise RefusedError(f"{place}: {unknown}{hint}; {allowed}")
             if name in names[: number - 1]:
-                raise Refused(f"{place}: column {name} is there twice; {allowed}")
+                raise RefusedError(f"{place}: column {name} is there twice; {allowed}")
         if KEY not in names:
-            raise Refused(f"{place}: column {KEY} is missing; {allowed}")
+            raise RefusedError(f"{place}: column {KEY} is missing; {allowed}")
         return [COLUMNS[name] for name in names]
 
     def rows(self) -> Iterator[Row]:
@@ -143,7 +143,7 @@ class UserFile:
         width = len(self.columns)
         for row in _rows(self._lines):
             if row.problem is None and len(row.cells) != width:
-                problem = f"has {len(row.cells)} cells, the header has {width}"
+                problem = f"the row has {len(row.cells)} cells, the header has {width}"
                 if (last := self._lines.number) > row.line:
                     problem += f" (lines {row.line} to {last} read as one row: is a quote never closed?)"
                 yield row._replace(problem=problem)

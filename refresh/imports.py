@@ -18,7 +18,7 @@ from psycopg.types.json import Jsonb
 
 from db import one
 from refresh.import_columns import BALANCE, KEY, NEXT, Column, Known, Value, convert_row, fetch_known
-from refresh.runs import Refused
+from refresh.runs import RefusedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from refresh.import_file import UserFile
 
-Stage: TypeAlias = Literal["Reading", "Checking", "Writing"]
+Stage: TypeAlias = Literal["Reading", "Checking", "Writing", "Waiting for locks"]
 
 EXAMPLES = 20
 """Bad rows that are named one by one."""
@@ -41,6 +41,7 @@ WRITING_PAUSE_SECONDS = 1
 short, below the host's deadlock_timeout, so that we yield and not the host."""
 
 _ROWS_BETWEEN_REPORTS = 2_048
+_KEY_CONSTRAINT = "uq_users_external_id"
 
 
 class Reject(NamedTuple):
@@ -91,7 +92,8 @@ _ALONE = "SELECT pg_try_advisory_xact_lock(hashtextextended(current_schema() || 
 _PATIENCE = "SELECT set_config('statement_timeout', %s, true)"
 
 _CREATE = SQL("""
-CREATE TEMPORARY TABLE import_rows (line bigint NOT NULL, at bigint NOT NULL, reason text, {typed_columns}) ON COMMIT DROP
+CREATE TEMPORARY TABLE import_rows (line bigint NOT NULL, at bigint NOT NULL, reason text, {typed_columns})
+ON COMMIT DROP
 """)
 _COPY = SQL("COPY import_rows (line, at, reason, {columns}) FROM STDIN")
 
@@ -116,7 +118,7 @@ _LOCK_DIFFERENT = SQL("""
 CREATE TEMPORARY TABLE import_changes ON COMMIT DROP AS
 SELECT u.id AS user_id, r.line
 FROM import_rows AS r JOIN users AS u ON u.external_id = r.external_id
-WHERE r.reason IS NULL AND ({stored}) IS DISTINCT FROM ({wanted})
+WHERE r.reason IS NULL AND {stored} IS DISTINCT FROM {wanted}
 ORDER BY u.id
 FOR NO KEY UPDATE OF u
 """)
@@ -135,20 +137,14 @@ WHERE r.line = c.line AND r.next_refresh_at < g.window_end
 _UPDATE = SQL("""
 UPDATE users AS u SET {assignments}, updated_at = now()
 FROM import_changes AS c JOIN import_rows AS r ON r.line = c.line
-WHERE u.id = c.user_id AND ({stored}) IS DISTINCT FROM ({wanted})
+WHERE u.id = c.user_id AND {stored} IS DISTINCT FROM {wanted}
 """)
-# In the file's order: users who belong together lie together. On a conflict a host was faster; xmax tells the two
-# cases apart.
+# In the file's order: users who belong together lie together.
 _INSERT = SQL("""
-WITH put AS (
-    INSERT INTO users AS u ({columns})
-    SELECT {columns} FROM import_rows AS r
-    WHERE r.reason IS NULL AND NOT EXISTS (SELECT FROM users AS k WHERE k.external_id = r.external_id)
-    ORDER BY r.line
-    ON CONFLICT (external_id) DO UPDATE SET {excluded}, updated_at = now()
-    RETURNING u.xmax = 0 AS is_new
-)
-SELECT count(*) FILTER (WHERE is_new), count(*) FILTER (WHERE NOT is_new) FROM put
+INSERT INTO users ({columns})
+SELECT {columns} FROM import_rows AS r
+WHERE r.reason IS NULL AND NOT EXISTS (SELECT FROM users AS u WHERE u.external_id = r.external_id)
+ORDER BY r.line
 """)
 _COUNT_UNSCHEDULED = """
 SELECT count(*)
@@ -179,11 +175,11 @@ def import_users(
 
     Raises:
         BadRows: and the caller must not commit.
-        Refused: another import is running.
+        RefusedError: another import is running.
         psycopg.errors.LockNotAvailable: somebody held one of the users for a minute.
     """
     if not one(connection.execute(_ALONE))[0]:
-        raise Refused("Another import is running: try again when it has ended")
+        raise RefusedError("Another import is running: try again when it has ended")
     connection.execute(_PATIENCE, (f"{STATEMENT_TIMEOUT_SECONDS}s",))
     statements = _Statements.of(file.columns)
     _load(connection, file, statements, on_progress)
@@ -195,7 +191,7 @@ def import_users(
         for reject in _rejects(connection, file):
             on_reject(reject)
     on_progress("Writing", file.read)
-    new, changed, kept = _write_patiently(connection, statements)
+    new, changed, kept = _write_patiently(connection, statements, lambda: on_progress("Waiting for locks", file.read))
     (unscheduled,) = one(connection.execute(_COUNT_UNSCHEDULED))
     report = Report(new, changed, users - bad - new - changed, bad, kept, unscheduled)
     detail = {"file": file.name, "columns": [column.name for column in file.columns], **asdict(report)}
@@ -224,7 +220,6 @@ class _Statements:
         stored = SQL("ROW({})").format(joined([Identifier("u", name) for name in others]))
         values = {name: _wanted(name, Identifier("r", name)) for name in others}
         wanted = SQL("ROW({})").format(joined(values.values()))
-        excluded = {name: _wanted(name, Identifier("excluded", name)) for name in names}
         return cls(
             create=_CREATE.format(
                 typed_columns=joined([Identifier(column.name) + SQL(" " + column.sql_type) for column in columns])
@@ -235,7 +230,7 @@ class _Statements:
             ),
             lock_different=_LOCK_DIFFERENT.format(stored=stored, wanted=wanted) if others else None,
             update=_UPDATE.format(assignments=_assignments(values), stored=stored, wanted=wanted) if others else None,
-            insert=_INSERT.format(columns=listed, excluded=_assignments(excluded)),
+            insert=_INSERT.format(columns=listed),
             moves_dates=NEXT in names,
         )
 
@@ -273,7 +268,7 @@ def _checked(file: UserFile, known: Known) -> Iterator[list[Value]]:
             values, reason = convert_row(columns, cells, known)
             yield [line, at, reason, *values]
         else:
-            yield [line, at, f"the row {problem}" if not problem.startswith("a") else problem, *nothing]
+            yield [line, at, problem, *nothing]
 
 
 def _check(connection: psycopg.Connection[Any], statements: _Statements) -> tuple[int, int]:
@@ -291,14 +286,22 @@ def _rejects(connection: psycopg.Connection[Any], file: UserFile) -> Iterator[Re
             yield Reject(line, reason, file.cells_at(at))
 
 
-def _write_patiently(connection: psycopg.Connection[Any], statements: _Statements) -> tuple[int, int, int]:
-    """Write; where somebody else holds a user for long, give all locks back, wait, and begin anew."""
+def _write_patiently(
+    connection: psycopg.Connection[Any], statements: _Statements, on_wait: Callable[[], None]
+) -> tuple[int, int, int]:
+    """Write; where somebody else is in the way, give all locks back, wait, and begin anew."""
     for _ in range(WRITING_ATTEMPTS - 1):
         try:
             with connection.transaction():
                 return _write(connection, statements)
         except errors.LockNotAvailable:
-            connection.execute("SELECT pg_sleep(%s)", (WRITING_PAUSE_SECONDS,))
+            pass
+        except errors.UniqueViolation as error:
+            # A host was faster with a user who was new: now they are known.
+            if error.diag.constraint_name != _KEY_CONSTRAINT:
+                raise
+        on_wait()
+        connection.execute("SELECT pg_sleep(%s)", (WRITING_PAUSE_SECONDS,))
     return _write(connection, statements)
 
 
@@ -310,5 +313,5 @@ def _write(connection: psycopg.Connection[Any], statements: _Statements) -> tupl
         if statements.moves_dates:
             kept = connection.execute(_KEEP_GRANTED).rowcount
         changed = connection.execute(statements.update).rowcount
-    new, overtaken = one(connection.execute(statements.insert))
-    return new, changed + overtaken, kept
+    new = connection.execute(statements.insert).rowcount
+    return new, changed, kept

@@ -80,7 +80,7 @@ class NotOpened:
         }[self.why]
 
 
-class Refused(ValueError):
+class RefusedError(ValueError):
     """The request cannot be carried out. The text is one line for people."""
 
 
@@ -91,7 +91,10 @@ _LOCK = "SELECT pg_advisory_xact_lock(hashtextextended(current_schema() || '.ope
 _SITUATION = """
 SELECT
     s.enabled, s.dry_run, now() AS now,
-    EXISTS (SELECT FROM credit_refresh_runs AS r WHERE r.slot = %(slot)s::timestamptz AND r.dry_run = (%(dry_run)s OR s.dry_run))
+    EXISTS (
+        SELECT FROM credit_refresh_runs AS r
+        WHERE r.slot = %(slot)s::timestamptz AND r.dry_run = (%(dry_run)s OR s.dry_run)
+    )
         AS slot_taken
 FROM settings AS s
 """
@@ -133,7 +136,8 @@ INSERT INTO credit_refresh_runs (
 )
 SELECT
     %(run_id)s::uuid, %(source)s, CASE WHEN cut.batches = 0 THEN 'succeeded' ELSE 'running' END, %(dry_run)s,
-    %(as_of)s::timestamptz, %(slot)s::timestamptz, '{{"due": true}}', %(reason)s, %(requested_by)s, cut.users, cut.batches, now(),
+    %(as_of)s::timestamptz, %(slot)s::timestamptz, '{{"due": true}}', %(reason)s, %(requested_by)s, cut.users,
+    cut.batches, now(),
     CASE WHEN cut.batches = 0 THEN clock_timestamp() END
 FROM cut
 RETURNING id AS run_id, dry_run, users_selected, batches_total
@@ -149,7 +153,7 @@ def open_run(connection: psycopg.Connection[Any], request: Request) -> Opened | 
     The caller's transaction should wait up to `OPENING_LOCK_TIMEOUT` for locks, and publish after its commit.
 
     Raises:
-        Refused: `as_of` lies in the future and the run is not dry.
+        RefusedError: `as_of` lies in the future and the run is not dry.
     """
     connection.execute(_LOCK)
     situation = connection.execute(_SITUATION, {"slot": request.slot, "dry_run": request.dry_run})
@@ -160,7 +164,7 @@ def open_run(connection: psycopg.Connection[Any], request: Request) -> Opened | 
         return NotOpened("slot_taken")
     dry_run = request.dry_run or all_dry
     if request.as_of is not None and request.as_of > now and not dry_run:
-        raise Refused(f"{request.as_of.isoformat()} lies in the future: only a dry run may look ahead")
+        raise RefusedError(f"{request.as_of.isoformat()} lies in the future: only a dry run may look ahead")
     scheduled = request.slot is not None
     scan = (SCAN_DRY_SCHEDULED if scheduled else SCAN_DRY) if dry_run else SCAN
     with connection.cursor(row_factory=class_row(Opened)) as cursor:
@@ -329,10 +333,10 @@ def read_progress(connection: psycopg.Connection[Any], run_id: UUID) -> Progress
     """How far a run has come.
 
     Raises:
-        Refused: there is no such run.
+        RefusedError: there is no such run.
     """
     with connection.cursor(row_factory=class_row(Progress)) as cursor:
         progress = cursor.execute(_PROGRESS, {"run_id": run_id}).fetchone()
     if progress is None:
-        raise Refused(f"there is no run {run_id}")
+        raise RefusedError(f"there is no run {run_id}")
     return progress

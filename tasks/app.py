@@ -26,6 +26,11 @@ app.config_from_object("celeryconfig")
 BROKER_TIMEOUT_SECONDS = 5
 
 
+def use_broker(url: str | None) -> None:
+    """Publish to another broker than `REDIS_URL` names: commands on embedded servers."""
+    app.conf.update(broker_url=url)
+
+
 @cache
 def database() -> Database:
     """This process's pool of connections."""
@@ -48,9 +53,9 @@ def _configure_logs(**_: Any) -> None:
 @signals.beat_init.connect
 def _check_servers(**_: Any) -> None:
     """End the start with one line when something is missing, instead of retrying unseen."""
+    if config.redis_url is None:
+        raise SystemExit("credits: REDIS_URL is not set: set it, or let `credits up` start everything with servers.")
     try:
-        if config.redis_url is None:
-            raise DatabaseError("REDIS_URL is not set: set it, or let `credits up` start everything with servers.")
         database().require_migrated()
         _check_broker()
     except DatabaseError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -52,7 +52,8 @@ def publish_batches(database: Database, *, max_attempts: int, run_id: UUID | Non
 
 def _send(broker: Connection, batch_ids: list[int]) -> None:
     task = app.tasks[TaskNames.BATCH]
-    with app.amqp.Producer(broker) as producer, producer.batch():
+    producers: Any = app.amqp  # the type stubs do not know batch(), new in kombu 5.7
+    with producers.Producer(broker) as producer, producer.batch():
         for ids in delivery.messages(batch_ids):
             task.apply_async((ids,), producer=producer)
 
@@ -60,7 +61,7 @@ def _send(broker: Connection, batch_ids: list[int]) -> None:
 def batches_waiting() -> int:
     """Messages in the batches queue that no worker has taken."""
     with app.connection_for_write() as broker:
-        channel = broker.default_channel
+        channel: Any = broker.default_channel
         try:
             return int(channel.queue_declare(QueueNames.BATCHES, passive=True).message_count)
         except broker.channel_errors:

@@ -37,10 +37,8 @@ class Cluster:
             connection.execute(
                 sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(template))
             )
-            # Our lock waits are half of this. A test that holds a lock on purpose must not lose a race on a slow machine.
-            connection.execute(
-                sql.SQL("ALTER DATABASE {} SET deadlock_timeout = '20s'").format(sql.Identifier(name))
-            )
+            # Our lock waits are half of this: a test that holds a lock on purpose is not raced on a slow machine.
+            connection.execute(sql.SQL("ALTER DATABASE {} SET deadlock_timeout = '20s'").format(sql.Identifier(name)))
         return name
 
     def drop(self, name: str) -> None:

@@ -17,6 +17,7 @@ from tests.cluster import Cluster
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--postgres-bin",

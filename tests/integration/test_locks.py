@@ -60,9 +60,7 @@ def test_a_host_that_locks_in_the_other_order_is_never_the_deadlock_victim(world
         END $$
         """
     )
-    world.sql.execute(
-        "CREATE TRIGGER host_trigger BEFORE UPDATE ON users FOR EACH ROW EXECUTE FUNCTION host_trigger()"
-    )
+    world.sql.execute("CREATE TRIGGER host_trigger BEFORE UPDATE ON users FOR EACH ROW EXECUTE FUNCTION host_trigger()")
     world.sql.execute("ALTER DATABASE " + world.sql.info.dbname + " SET deadlock_timeout = '100ms'")
     ids = world.claim(world.scan())
     with world.host() as host, world.host() as gate, world.background(ids) as worker:

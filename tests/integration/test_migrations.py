@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import psycopg
 import pytest
 from alembic import command
-from alembic.config import Config
 from alembic.util import CommandError
+from sqlalchemy.exc import OperationalError
 
-from cli.database import migrate
-from db import ALEMBIC_INI, Database, DatabaseError
+from cli.database import alembic, migrate
+from db import Database, DatabaseError
 from refresh.partitions import ensure_partitions
 
 if TYPE_CHECKING:
@@ -30,19 +30,22 @@ def empty(cluster: Cluster) -> Iterator[Database]:
     cluster.drop(name)
 
 
-def alembic(database: Database, what: str, *arguments: str) -> None:
-    with database.connect() as connection:
-        configuration = Config(ALEMBIC_INI)
-        configuration.attributes["connection"] = connection
-        configuration.print_stdout = lambda *_args: None
-        getattr(command, what)(configuration, *arguments)
+def check(database: Database) -> None:
+    with alembic(database) as configuration:
+        command.check(configuration)
+
+
+def downgrade(database: Database) -> None:
+    with alembic(database) as configuration:
+        command.downgrade(configuration, "base")
 
 
 def objects(database: Database) -> set[str]:
     with database.statements() as connection:
         rows = connection.execute(
             """
-            SELECT 'table ' || relname FROM pg_class WHERE relnamespace = 'credits'::regnamespace AND relkind IN ('r', 'p')
+            SELECT 'table ' || relname FROM pg_class
+            WHERE relnamespace = 'credits'::regnamespace AND relkind IN ('r', 'p')
             UNION ALL
             SELECT 'function ' || proname FROM pg_proc WHERE pronamespace = 'credits'::regnamespace
             """
@@ -53,7 +56,7 @@ def objects(database: Database) -> set[str]:
 def test_up_and_down_and_up_again(empty: Database) -> None:
     migrate(empty)
     first = objects(empty)
-    alembic(empty, "downgrade", "base")
+    downgrade(empty)
     assert objects(empty) == {"table alembic_version"}
     migrate(empty)
     assert objects(empty) == first
@@ -62,11 +65,11 @@ def test_up_and_down_and_up_again(empty: Database) -> None:
 
 def test_the_models_describe_what_the_migrations_make(empty: Database) -> None:
     migrate(empty)
-    alembic(empty, "check")
+    check(empty)
     with empty.statements() as connection:
         connection.execute("ALTER TABLE users ADD COLUMN stray text")
     with pytest.raises(CommandError, match="stray"):
-        alembic(empty, "check")
+        check(empty)
 
 
 def test_migrating_twice_changes_nothing(empty: Database) -> None:
@@ -89,21 +92,20 @@ def test_a_schema_of_another_name(cluster: Cluster, monkeypatch: pytest.MonkeyPa
     name = cluster.create("template1")
     database = Database(cluster.url(name), "grants")
     migrate(database)
-    alembic(database, "check")
+    check(database)
     with database.statements() as connection:
-        assert connection.execute("SELECT to_regclass('grants.users')::text, to_regclass('credits.users')").fetchone() == (
-            "users",
-            None,
-        )
+        found = connection.execute("SELECT to_regclass('grants.users')::text, to_regclass('credits.users')")
+        assert found.fetchone() == ("users", None)
     database.close()
     cluster.drop(name)
 
 
 def test_a_migration_that_meets_a_lock_gives_up_instead_of_blocking_everybody(world: World) -> None:
-    with world.host() as host, pytest.raises(Exception, match="lock timeout") as caught:
+    with world.host() as host:
         host.execute("LOCK TABLE users")
-        alembic(world.database, "downgrade", "base")
-    assert isinstance(getattr(caught.value, "orig", None), psycopg.errors.LockNotAvailable)
+        with pytest.raises(OperationalError, match="lock timeout") as caught:
+            downgrade(world.database)
+    assert isinstance(caught.value.orig, psycopg.errors.LockNotAvailable)
 
 
 def test_a_database_that_is_not_migrated_is_refused_in_one_line(empty: Database) -> None:
@@ -136,9 +138,7 @@ def test_the_audit_log_is_append_only(world: World, when: str, statement: str, o
 def test_upkeep_makes_the_partitions_of_the_coming_months_and_protects_them(world: World) -> None:
     with world.database.transaction() as connection:
         assert ensure_partitions(connection) == []  # the migration made them
-    gone = world.value(
-        "SELECT to_char(now() + interval '3 months', '\"credit_audit_logs_y\"YYYY\"m\"MM')"
-    )
+    gone = world.value("SELECT to_char(now() + interval '3 months', '\"credit_audit_logs_y\"YYYY\"m\"MM')")
     world.sql.execute(f"DROP TABLE {gone}")
     with world.database.transaction() as connection:
         assert ensure_partitions(connection) == [gone]
@@ -149,7 +149,7 @@ def test_upkeep_makes_the_partitions_of_the_coming_months_and_protects_them(worl
 def test_a_month_that_has_rows_in_the_default_partition_stays_there(world: World) -> None:
     month = world.value("SELECT to_char(now() + interval '3 months', '\"y\"YYYY\"m\"MM')")
     world.sql.execute(f"DROP TABLE credit_audit_logs_{month}")
-    world.sql.execute("INSERT INTO credit_audit_logs (actor, action, occurred_at) VALUES ('a', 'b', now() + '3 months')")
+    world.sql.execute(AUDITED, (world.value("SELECT now() + interval '3 months'"),))
     with world.database.transaction() as connection:
         assert ensure_partitions(connection) == []
 
