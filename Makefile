@@ -43,6 +43,8 @@ check: setup
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy .
 	# --- migrations, docker-compose.yml and the Dockerfile are checked below this line ---
+	.venv/bin/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+	.venv/bin/hadolint deploy/Dockerfile
 
 # --- set-up ----------------------------------------------------------------------------------------------------------
 

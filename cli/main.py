@@ -17,15 +17,15 @@ ERROR = 1
 REFUSED = 2
 FINISHED_WITH_FAILURES = 3
 
-# Imported when they are called: `credits --help` need not load Celery and a database driver's whole family.
+# Imported when they are called: `credits --help` need not load Celery and a database driver. Each with its help line.
 _COMMANDS = {
-    "db": "cli.database",
-    "demo": "cli.demo",
-    "pause": "cli.switch",
-    "resume": "cli.switch",
-    "scan": "cli.scan",
-    "up": "cli.up",
-    "users": "cli.users",
+    "db": ("cli.database", "Prepare the database and check it."),
+    "demo": ("cli.demo", "Refresh sample users by real servers, workers and beat."),
+    "pause": ("cli.switch", "Grant nothing on any path until `credits resume`."),
+    "resume": ("cli.switch", "End a pause."),
+    "scan": ("cli.scan", "Find all due users and have the workers refresh them."),
+    "up": ("cli.up", "Run workers, beat and Flower until Ctrl-C."),
+    "users": ("cli.users", "Import users."),
 }
 
 
@@ -38,11 +38,15 @@ class _Commands(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         del ctx
-        module = _COMMANDS.get(cmd_name)
-        if module is None:
+        if cmd_name not in _COMMANDS:
             return None
-        command: click.Command = getattr(import_module(module), cmd_name)
+        command: click.Command = getattr(import_module(_COMMANDS[cmd_name][0]), cmd_name)
         return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        del ctx
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_module, line) in _COMMANDS.items()])
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import settings
@@ -29,12 +29,12 @@ def answer(text: str, facts: dict[str, Any], *, as_json: bool) -> None:
         out.print(text, soft_wrap=True, markup=False)
 
 
-def progress() -> Progress:
+def progress(*, in_bytes: bool = False) -> Progress:
     """A bar on stderr; nothing at all where stderr is no terminal."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        DownloadColumn() if in_bytes else MofNCompleteColumn(),
         TimeElapsedColumn(),
         console=err,
         disable=not err.is_terminal,

@@ -12,7 +12,7 @@ from cli.main import FINISHED_WITH_FAILURES
 from cli.output import answer, err, json_option, progress
 from cli.session import Session, actor, session
 from refresh import runs
-from tasks.app import use_broker
+from tasks.app import check_broker, use_broker
 from tasks.publish import publish_batches
 
 if TYPE_CHECKING:
@@ -62,6 +62,8 @@ def scan(ctx: click.Context, *, dry_run: bool, as_of: datetime | None, wait: boo
         if not opened.settings.credit_refresh_enabled:
             _not_opened(runs.NotOpened("disabled"), as_json=as_json)
             return
+        use_broker(opened.settings.redis_url)
+        check_broker()  # before the run is open: a command that fails has done nothing
         request = runs.Request(
             "cli",
             actor(),
@@ -75,7 +77,6 @@ def scan(ctx: click.Context, *, dry_run: bool, as_of: datetime | None, wait: boo
         if isinstance(run, runs.NotOpened):
             _not_opened(run, as_json=as_json)
             return
-        use_broker(opened.settings.redis_url)
         publish_batches(opened.database, max_attempts=opened.settings.credit_refresh_max_attempts, run_id=run.run_id)
         if not wait:
             kind = "Dry run" if run.dry_run else "Run"

@@ -164,6 +164,8 @@ def remove(name: str, state_dir: Path) -> None:
         _clear_leftovers(folders)
         if folders.cluster != folders.state:
             remove_tree(folders.cluster)
+        remove_tree(folders.redis_socket)
+        remove_tree(folders.postgres_socket)
         remove_tree(folders.state)
 
 

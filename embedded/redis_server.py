@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from embedded.errors import EmbeddedError
 from embedded.folders import Folders, make_private, remove_tree
@@ -125,7 +127,7 @@ class Redis:
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + _START_SECONDS
-        with redis.Redis(unix_socket_path=str(_socket(self.folders))) as client:
+        with _client(self.folders) as client:
             while True:
                 if self.process.poll() is not None:
                     raise EmbeddedError(f"Redis does not start: {excerpt(self.log)}")
@@ -151,7 +153,7 @@ def url(folders: Folders) -> str:
 
 def answers(folders: Folders) -> bool:
     """Whether an instance's Redis takes commands."""
-    with redis.Redis(unix_socket_path=str(_socket(folders)), socket_timeout=5) as client:
+    with _client(folders) as client:
         try:
             client.ping()
         except redis.exceptions.RedisError:
@@ -170,6 +172,11 @@ def _data(folders: Folders) -> Path:
 
 def _socket(folders: Folders) -> Path:
     return folders.redis_socket / "redis.sock"
+
+
+def _client(folders: Folders) -> redis.Redis:
+    once = Retry(NoBackoff(), 0)  # the client's own ten retries would keep us from seeing that the server has ended
+    return redis.Redis(unix_socket_path=str(_socket(folders)), socket_timeout=5, retry=once)
 
 
 def _configuration(folders: Folders) -> str:

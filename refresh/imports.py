@@ -78,7 +78,7 @@ class Report:
         return self.new + self.changed + self.unchanged
 
 
-class BadRows(ValueError):  # noqa: N818 - it is what the rows are
+class BadRowsError(ValueError):
     """Some rows are bad and the caller did not ask to leave them out. Nothing may be committed."""
 
     def __init__(self, bad: int, examples: list[tuple[int, str]]) -> None:
@@ -174,7 +174,7 @@ def import_users(
         on_progress: gets the stage and the bytes read, every few thousand rows.
 
     Raises:
-        BadRows: and the caller must not commit.
+        BadRowsError: and the caller must not commit.
         RefusedError: another import is running.
         psycopg.errors.LockNotAvailable: somebody held one of the users for a minute.
     """
@@ -186,7 +186,7 @@ def import_users(
     on_progress("Checking", file.read)
     users, bad = _check(connection, statements)
     if bad and on_reject is None:
-        raise BadRows(bad, connection.execute(_EXAMPLES, (EXAMPLES,)).fetchall())
+        raise BadRowsError(bad, connection.execute(_EXAMPLES, (EXAMPLES,)).fetchall())
     if bad and on_reject is not None:
         for reject in _rejects(connection, file):
             on_reject(reject)

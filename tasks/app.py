@@ -57,13 +57,18 @@ def _check_servers(**_: Any) -> None:
         raise SystemExit("credits: REDIS_URL is not set: set it, or let `credits up` start everything with servers.")
     try:
         database().require_migrated()
-        _check_broker()
+        check_broker()
     except DatabaseError as error:
         raise SystemExit(f"credits: {error}") from None
     config.credits_state_dir.mkdir(parents=True, exist_ok=True)
 
 
-def _check_broker() -> None:
+def check_broker() -> None:
+    """Make sure that the broker answers.
+
+    Raises:
+        DatabaseError: it does not; the text is one line for people.
+    """
     with app.connection_for_write() as connection:
         try:
             connection.ensure_connection(max_retries=1, timeout=BROKER_TIMEOUT_SECONDS, reraise_as_library_errors=False)

@@ -1,0 +1,1 @@
+"""Benchmarks: the product beside the limit of its own SQL, in one run."""

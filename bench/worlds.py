@@ -1,0 +1,107 @@
+"""Databases to measure on: copies of one that holds the users, and the check of every row afterwards."""
+
+from __future__ import annotations
+
+import itertools
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import psycopg
+
+import settings
+from cli.database import migrate
+from db import Database
+from refresh import runs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from embedded import Servers
+
+SLOT = timedelta(hours=8_760)
+_TEMPLATE = "bench_users"
+
+# Due within the last hour, as the hourly scan finds them; ids and due instants in no order with each other.
+_FILL = """
+INSERT INTO users (external_id, plan_code, credit_balance, next_refresh_at)
+SELECT 'user-' || n, CASE WHEN n % 5 = 0 THEN 'pro' ELSE 'free' END, n % 1000,
+    now() - make_interval(secs => (n * 7919) % 3600)
+FROM generate_series(1, {users}) AS n
+"""
+
+# Everybody has their plan's amount, one history row and one audit row that agree with it, and the run adds up.
+_WRONG = """
+SELECT count(*) FROM users AS u
+JOIN plans AS p ON p.code = u.plan_code
+LEFT JOIN credit_refresh_histories AS h ON h.user_id = u.id AND h.status = 'refreshed'
+LEFT JOIN credit_audit_logs AS a ON a.user_id = u.id AND a.action = 'refreshed' AND a.run_id = h.run_id
+WHERE u.credit_balance IS DISTINCT FROM p.amount
+    OR h.credits_added IS DISTINCT FROM p.amount - (u.id % 1000)
+    OR h.new_balance IS DISTINCT FROM p.amount OR h.window_end IS DISTINCT FROM u.next_refresh_at
+    OR a.credits IS DISTINCT FROM h.credits_added OR a.balance_after IS DISTINCT FROM u.credit_balance
+"""
+_COUNTS = """
+SELECT (SELECT count(*) FROM users), (SELECT count(*) FROM credit_refresh_histories),
+    (SELECT count(*) FROM credit_audit_logs), (SELECT users_refreshed FROM credit_refresh_runs WHERE slot IS NULL),
+    (SELECT status FROM credit_refresh_runs WHERE slot IS NULL)
+"""
+
+
+class Worlds:
+    """Makes fresh copies of a migrated database with `users` due users.
+
+    Args:
+        running: the servers.
+        users: how many.
+    """
+
+    def __init__(self, running: Servers, users: int) -> None:
+        self.users = users
+        self._running = running
+        self._numbers = itertools.count(1)
+        with self._admin() as admin:
+            admin.execute(f"CREATE DATABASE {_TEMPLATE}")
+        template = Database(self.url(_TEMPLATE), "credits")
+        migrate(template)
+        with template.transaction() as connection:
+            # The slot is taken while nobody is there: workers, which open a missed slot as they start, find it so.
+            runs.open_scheduled_run(connection, interval=SLOT, cron=None, batch_size=100, dry_run=False)
+        with template.statements() as connection:
+            connection.execute("SET statement_timeout = 0")
+            connection.execute(_FILL.format(users=users))
+            connection.execute("VACUUM (FREEZE, ANALYZE)")
+
+    @contextmanager
+    def copy(self) -> Iterator[str]:
+        """The URL of a fresh copy, flushed to disk so that its making is not measured."""
+        name = f"bench_{next(self._numbers)}"
+        with self._admin() as admin:
+            admin.execute(f"CREATE DATABASE {name} TEMPLATE {_TEMPLATE} STRATEGY file_copy")
+            admin.execute("CHECKPOINT")
+            yield self.url(name)
+            admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+    def url(self, database: str) -> str:
+        """The URL of a database of the cluster."""
+        head, _, tail = self._running.database_url.partition("/credits?")
+        found = settings.load().with_urls(database_url=f"{head}/{database}?{tail}", redis_url=None).database_url
+        assert found is not None  # noqa: S101 - it was given
+        return found
+
+    def _admin(self) -> psycopg.Connection[tuple[object, ...]]:
+        return psycopg.connect(self._running.database_url, autocommit=True)
+
+
+def verify(url: str, users: int) -> None:
+    """Check every row.
+
+    Raises:
+        SystemExit: a user was not refreshed exactly once; no figure of such a run is worth anything.
+    """
+    with Database(url, "credits").statements() as connection:
+        connection.execute("SET statement_timeout = 0")
+        wrong = connection.execute(_WRONG).fetchone()
+        counts = connection.execute(_COUNTS).fetchone()
+    if wrong != (0,) or counts != (users, users, users, users, "succeeded"):
+        raise SystemExit(f"not every user was refreshed exactly once: {wrong} wrong, counts {counts}")

@@ -1,0 +1,149 @@
+"""`credits users`: the users of the host app."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cli.main import ERROR
+from cli.output import answer, err, json_option, progress
+from cli.rejects import reject_file
+from cli.session import actor, session
+from refresh.import_columns import COLUMNS
+from refresh.import_file import UserFile
+from refresh.imports import BadRowsError, Report, import_users
+from refresh.runs import RefusedError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+READ_BUFFER_BYTES = 1_048_576
+
+
+@click.group()
+def users() -> None:
+    """Import users."""
+
+
+@users.command("import", epilog=f"Columns: {', '.join(COLUMNS)}.")
+@click.argument("file", type=click.Path(path_type=Path), metavar="FILE.csv")
+@click.option(
+    "--skip-bad",
+    "rejects",
+    type=click.Path(path_type=Path),
+    metavar="REJECTS.csv",
+    help="Import the good rows, and write the bad ones there, each with its line and the reason. The file must not "
+    "exist yet; without a bad row none is written.",
+)
+@json_option
+@click.pass_context
+def import_(ctx: click.Context, *, file: Path, rejects: Path | None, as_json: bool) -> None:
+    """Insert and change users from a CSV of any size, all of it or nothing.
+
+    FILE.csv is UTF-8, has commas and a header, and at least the column external_id: your app's own id. Users who are
+    new need a credit_balance. Of users who are there already, only the columns that the file has are changed; balances
+    are written as the file says them, and nothing is granted.
+
+    An empty cell clears the value; an empty credit_balance leaves a user's balance as it is, and an empty active or
+    credit_refresh_hold means true and false. Instants carry an offset (2026-11-21T00:00:00Z), booleans are
+    true/false, 1/0 or yes/no. Whitespace around a cell is cut off, blank lines are left out. A next_refresh_at before
+    the end of the window that a user was last granted for is moved to that end: no import earns anything twice.
+
+    While changed users are written, nobody else can change them: import millions when your app is quiet.
+
+    \b
+    Examples:
+      credits users import users.csv
+      credits users import users.csv --skip-bad rejects.csv
+    """  # noqa: D301 - \b is Click's mark for a block that is not to be wrapped
+    try:
+        report = _import(file, rejects)
+    except BadRowsError as error:
+        _say_bad(file, error, as_json=as_json)
+        ctx.exit(ERROR)
+    answer(_sentence(file, report, rejects), _facts(file, report, rejects), as_json=as_json)
+    if report.unscheduled:
+        err.print(
+            f"{report.unscheduled:,} of them have no next_refresh_at: they are unscheduled, and no scan refreshes them "
+            "until an import gives them a date in that column.",
+            soft_wrap=True,
+        )
+
+
+def _import(path: Path, rejects: Path | None) -> Report:
+    with ExitStack() as stack:
+        # The header and the rejects' name first: a server is started only for an import that can be one.
+        rows = stack.enter_context(_opened(path))
+        columns = [column.name for column in rows.columns]
+        bad = stack.enter_context(reject_file(rejects, columns)) if rejects is not None else None
+        on_progress = stack.enter_context(_progress(rows))
+        database = stack.enter_context(session()).database
+        with database.transaction() as connection:
+            on_reject = bad.add if bad is not None else None
+            report = import_users(connection, rows, actor=actor(), on_reject=on_reject, on_progress=on_progress)
+            if bad is not None:
+                bad.flush()
+        return report
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[UserFile]:
+    try:
+        file = path.open("rb", buffering=READ_BUFFER_BYTES)
+    except OSError as error:
+        raise RefusedError(f"{path} cannot be read: {error.strerror}") from error
+    with file:
+        yield UserFile(file, str(path))
+
+
+@contextmanager
+def _progress(rows: UserFile) -> Iterator[Callable[[str, int], None]]:
+    with progress(in_bytes=True) as bar:
+        task = bar.add_task("Reading", total=rows.size)
+        yield lambda stage, read: bar.update(task, description=stage, completed=read)
+
+
+def _sentence(file: Path, report: Report, rejects: Path | None) -> str:
+    parts = [f"{report.new:,} new", f"{report.changed:,} changed"]
+    if report.unchanged:
+        parts.append(f"{report.unchanged:,} unchanged")
+    parts.append(f"{report.bad:,} bad" + (f" (see {rejects})" if report.bad else ""))
+    text = f"Imported {report.users:,} users from {file}: {', '.join(parts)}."
+    if report.kept:
+        text += f" {report.kept:,} keep a later next_refresh_at than the file's: they were granted until then."
+    return text
+
+
+def _facts(file: Path, report: Report, rejects: Path | None) -> dict[str, Any]:
+    return {
+        "file": str(file),
+        "users": report.users,
+        "new": report.new,
+        "changed": report.changed,
+        "unchanged": report.unchanged,
+        "bad": report.bad,
+        "keptNextRefreshAt": report.kept,
+        "unscheduled": report.unscheduled,
+        "rejects": str(rejects) if report.bad else None,
+    }
+
+
+def _say_bad(file: Path, error: BadRowsError, *, as_json: bool) -> None:
+    for line, reason in error.examples:
+        err.print(f"{file}, line {line}: {reason}", soft_wrap=True, markup=False)
+    more = error.bad - len(error.examples)
+    if more:
+        err.print(f"… and {more:,} more bad rows.")
+    rows = "1 row is" if error.bad == 1 else f"{error.bad:,} rows are"
+    err.print(
+        f"Nothing was imported, because {rows} bad. --skip-bad REJECTS.csv imports the others.",
+        soft_wrap=True,
+        markup=False,
+    )
+    if as_json:
+        examples = [{"line": line, "reason": reason} for line, reason in error.examples]
+        nothing = Report(new=0, changed=0, unchanged=0, bad=error.bad, kept=0, unscheduled=0)
+        answer("", {**_facts(file, nothing, None), "rejects": None, "badRows": examples}, as_json=True)
