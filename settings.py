@@ -78,7 +78,7 @@ class Settings(BaseSettings):
     credit_refresh_max_attempts: int = Field(default=5, ge=1, le=100)
     """Times that a batch is tried, its worker's deaths included, before it is failed."""
     credit_refresh_task_events: bool = True
-    """Task events feed Flower; they cost about a fifth of the throughput (docs/guide.md)."""
+    """Task events feed Flower; they cost about a fifth of the throughput (`make bench`)."""
 
     credits_free_tier: int = Field(default=1_000, ge=1, le=2**63 - 1)
     credits_pro_tier: int = Field(default=20_000, ge=1, le=2**63 - 1)

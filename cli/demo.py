@@ -12,15 +12,17 @@ from psycopg.rows import dict_row
 import embedded
 import settings
 from cli.database import migrate
-from cli.output import err, out, progress, table
+from cli.output import err, facts, out, progress, table
 from cli.processes import Service
 from cli.sample import write_sample
-from cli.users import import_file
 from db import Database, DatabaseError, one
 from embedded.processes import Supervisor, unwind_on_signals
 from refresh import runs
+from refresh.import_file import UserFile
+from refresh.imports import import_users
 
 if TYPE_CHECKING:
+    from pathlib import Path
     from uuid import UUID
 
     import psycopg
@@ -49,7 +51,7 @@ def demo(*, users: int, keep: bool) -> None:
         migrate(database)
         sample = running.state / "users.csv"
         write_sample(sample, users, datetime.now(UTC))
-        import_file(database, sample, actor="demo")
+        _import(database, sample)
         with Supervisor() as supervisor:
             service = Service(
                 supervisor,
@@ -67,6 +69,13 @@ def demo(*, users: int, keep: bool) -> None:
             if keep:
                 _say(f"DATABASE_URL='{running.database_url}' REDIS_URL='{running.redis_url}' until Ctrl-C")
                 supervisor.wait()
+
+
+def _import(database: Database, sample: Path) -> None:
+    with sample.open("rb") as file, progress(in_bytes=True) as bar, database.transaction() as connection:
+        rows = UserFile(file, str(sample))
+        task = bar.add_task("Importing", total=rows.size)
+        import_users(connection, rows, actor="demo", on_progress=lambda _stage, read: bar.update(task, completed=read))
 
 
 def _show(database: Database, supervisor: Supervisor) -> None:
@@ -125,20 +134,20 @@ def _check(supervisor: Supervisor, deadline: float) -> None:
 
 def _summarise(run: runs.Progress) -> None:
     out.print(
-        table(
-            f"Run {run.run_id} ({run.source}, slot {_clock(run)})",
-            [
-                {
-                    "status": run.status,
-                    "due": f"{run.users_selected:,}",
-                    "refreshed": f"{run.users_refreshed:,}",
-                    "held": f"{run.users_held:,}",
-                    "failed": f"{run.users_failed:,}",
-                    "credits granted": f"{run.credits_granted:,}",
-                    "seconds": f"{run.seconds:.2f}",
-                    "users/s": f"{run.users_selected / run.seconds:,.0f}",
-                }
-            ],
+        facts(
+            "The run",
+            {
+                "run": run.run_id,
+                "opened by": f"{run.source}, for the slot {_clock(run)}",
+                "status": run.status,
+                "users due": run.users_selected,
+                "refreshed": run.users_refreshed,
+                "held": run.users_held,
+                "failed": run.users_failed,
+                "credits granted": run.credits_granted,
+                "seconds": f"{run.seconds:.2f}",
+                "users per second": round(run.users_selected / run.seconds),
+            },
         )
     )
 
@@ -157,17 +166,17 @@ def _one_user(connection: psycopg.Connection[Any], run_id: UUID) -> None:
     with connection.cursor(row_factory=dict_row) as cursor:
         history = cursor.execute(
             """
-            SELECT status, plan_code AS plan, grant_mode AS mode, old_balance, credits_added, new_balance,
-                to_char(window_start, 'YYYY-MM-DD HH24:MI') AS window_start,
-                to_char(window_end, 'YYYY-MM-DD HH24:MI') AS window_end
+            SELECT status, plan_code AS plan, grant_mode AS mode, old_balance AS before, credits_added AS added,
+                new_balance AS after,
+                to_char(window_start, 'DD Mon HH24:MI') || ' to ' || to_char(window_end, 'DD Mon HH24:MI') AS window
             FROM credit_refresh_histories WHERE user_id = %s ORDER BY id
             """,
             (user_id,),
         ).fetchall()
         audit = cursor.execute(
             """
-            SELECT to_char(occurred_at, 'YYYY-MM-DD HH24:MI:SS') AS occurred_at, actor, action, balance_before, credits,
-                balance_after
+            SELECT actor, action, balance_before AS before, credits, balance_after AS after,
+                to_char(occurred_at, 'DD Mon HH24:MI:SS') AS occurred_at
             FROM credit_audit_logs WHERE user_id = %s ORDER BY occurred_at, id
             """,
             (user_id,),

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import click
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -44,9 +45,28 @@ def progress(*, in_bytes: bool = False) -> Progress:
 
 def table(title: str, rows: list[dict[str, Any]]) -> Table:
     """A table of rows whose keys are its headings."""
-    drawn = Table(title=title, title_justify="left")
+    drawn = _titled(title)
     for heading, value in rows[0].items() if rows else ():
         drawn.add_column(heading, justify="right" if isinstance(value, int) else "left", overflow="fold")
     for row in rows:
-        drawn.add_row(*("" if value is None else str(value) for value in row.values()))
+        drawn.add_row(*("" if value is None else _text(value) for value in row.values()))
     return drawn
+
+
+def facts(title: str, pairs: dict[str, Any]) -> Table:
+    """One thing's facts, a line each."""
+    drawn = _titled(title)
+    drawn.show_header = False
+    drawn.add_column()
+    drawn.add_column(overflow="fold")
+    for name, value in pairs.items():
+        drawn.add_row(name, _text(value))
+    return drawn
+
+
+def _titled(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+
+
+def _text(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

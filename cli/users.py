@@ -67,8 +67,8 @@ def import_(ctx: click.Context, *, file: Path, rejects: Path | None, as_json: bo
     answer(_sentence(file, report, rejects), _facts(file, report, rejects), as_json=as_json)
     if report.unscheduled:
         err.print(
-            f"{report.unscheduled:,} of them have no next_refresh_at: they are unscheduled, and no scan refreshes them "
-            "until an import gives them a date in that column.",
+            f"Unscheduled: {report.unscheduled:,} of them without a next_refresh_at. No scan refreshes them until an "
+            "import gives them a date in that column.",
             soft_wrap=True,
         )
 
@@ -111,9 +111,9 @@ def _sentence(file: Path, report: Report, rejects: Path | None) -> str:
     if report.unchanged:
         parts.append(f"{report.unchanged:,} unchanged")
     parts.append(f"{report.bad:,} bad" + (f" (see {rejects})" if report.bad else ""))
-    text = f"Imported {report.users:,} users from {file}: {', '.join(parts)}."
+    text = f"Imported {report.users:,} {'user' if report.users == 1 else 'users'} from {file}: {', '.join(parts)}."
     if report.kept:
-        text += f" {report.kept:,} keep a later next_refresh_at than the file's: they were granted until then."
+        text += f" Kept: {report.kept:,} dates later than the file's, until which those users have been granted."
     return text
 
 

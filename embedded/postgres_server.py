@@ -10,10 +10,10 @@ process of `nobody` could signal it or read its files, as with any service that 
 
 from __future__ import annotations
 
-import getpass
 import importlib.metadata
 import importlib.util
 import os
+import pwd
 import re
 import shutil
 import signal
@@ -139,12 +139,13 @@ class Postgres:
         Raises:
             EmbeddedError: it does not start; the text ends with the last lines of its log.
         """
+        account = _account()
         if programs is None:
             programs = find_programs()
             if folders.account is not None:
                 programs = _copy_for_all(programs)
         _initialise(folders, programs)
-        _write_access_rules(folders.cluster)
+        _write_access_rules(folders.cluster, account)
         make_private(folders.postgres_socket, folders.account)
         # Their numbers may meanwhile belong to other processes, which PostgreSQL would take for a live server.
         (_data(folders) / "postmaster.pid").unlink(missing_ok=True)
@@ -255,9 +256,18 @@ def _command(folders: Folders, programs: Path, *, durable: bool) -> list[str]:
     return command + [word for name, value in options.items() for word in ("-c", f"{name}={value}")]
 
 
-def _write_access_rules(cluster: Path) -> None:
+def _account() -> str:
+    """The name that the server sees us under; $USER and its like may say another."""
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        raise EmbeddedError(
+            f"PostgreSQL needs an account with a name, and user id {os.geteuid()} has none: set DATABASE_URL instead"
+        ) from None
+
+
+def _write_access_rules(cluster: Path, account: str) -> None:
     """Let our own account in, as any role, and nobody else."""
-    account = getpass.getuser() if os.geteuid() else "root"
     rules = {
         "pg_hba.conf": "local all all peer map=owner\n",
         # PostgreSQL 15 takes 'all' for a role's name, hence the first line.

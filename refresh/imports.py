@@ -176,7 +176,7 @@ def import_users(
     Raises:
         BadRowsError: and the caller must not commit.
         RefusedError: another import is running.
-        psycopg.errors.LockNotAvailable: somebody held one of the users for a minute.
+        psycopg.errors.LockNotAvailable: somebody held one of the users for more than a minute.
     """
     if not one(connection.execute(_ALONE))[0]:
         raise RefusedError("Another import is running: try again when it has ended")

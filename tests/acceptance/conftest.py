@@ -1,7 +1,7 @@
 """Acceptance tests: pytest-celery's fixtures, with processes of this machine in the place of containers.
 
 The names `default_*` and `celery_*` are pytest-celery's own: overriding them is how it is configured. A module
-overrides `default_worker_env` to give its worker other settings, and `before_worker` to prepare the database.
+overrides `default_worker_env` to give its processes other settings.
 """
 
 from __future__ import annotations
@@ -25,13 +25,16 @@ if TYPE_CHECKING:
     from db import Database
 
 
-@pytest.hookimpl(wrapper=True)
+@pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_makereport(item: pytest.Function) -> Iterator[None]:
     """A failure without the processes' logs explains nothing."""
     report: pytest.TestReport = yield  # type: ignore[misc, assignment]
     launcher = item.funcargs.get("launcher")
     if report.failed and isinstance(launcher, Launcher):
-        report.sections += [(f"log of {process.name}", process.all_logs()) for process in launcher.processes]
+        # The plugin adds the last log of the first worker; here are all logs of all.
+        plain = [section for section in report.sections if not section[0].startswith("default_")]
+        logs = [(f"log of {process.name}", process.all_logs()) for process in launcher.processes]
+        report.sections = plain + logs
     return report  # type: ignore[return-value]
 
 

@@ -39,7 +39,7 @@ class Ledger:
         self._connection = connection
 
     def rows(self, query: str, *parameters: object) -> list[tuple[Any, ...]]:
-        return self._connection.execute(query, parameters).fetchall()
+        return self._connection.execute(query, parameters or None).fetchall()
 
     def value(self, query: str, *parameters: object) -> Any:
         ((value,),) = self.rows(query, *parameters)
@@ -150,7 +150,7 @@ class Gate:
             """
             SELECT pid FROM pg_stat_activity
             WHERE datname = current_database() AND application_name = 'credits-worker' AND state = 'active'
-                AND (wait_event_type, wait_event) = ('Lock', 'advisory') AND query LIKE '%%credit_refresh_histories%%'
+                AND (wait_event_type, wait_event) = ('Lock', 'advisory') AND query LIKE '%credit_refresh_histories%'
             """
         )
         return [pid for (pid,) in rows]

@@ -92,6 +92,8 @@ class LocalProcess:
     def kill(self, signal: str | int | None = None) -> None:  # noqa: A002 - docker-py's name
         """Send a signal; SIGKILL, which also ends what the process forked, takes effect before this returns."""
         number = _signal_number(signal)
+        if self.process.poll() is not None:
+            return  # its number may be another's by now
         if number == _signal_number(None):
             stop(self.process, ())
         else:
@@ -99,7 +101,8 @@ class LocalProcess:
 
     def stop(self, timeout: float = 10) -> None:
         """Ask it to stop, then kill it."""
-        stop(self.process, ((signal.SIGTERM, timeout),))
+        if self.process.poll() is None:
+            stop(self.process, ((signal.SIGTERM, timeout),))
 
     def restart(self, timeout: float = 10) -> None:
         """Stop it and start it again under the same name."""

@@ -1,0 +1,82 @@
+"""A real beat fires the scan: one run a slot, however many beats there are and however they end."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from settings import CHECKOUT
+
+if TYPE_CHECKING:
+    from tests.acceptance.ledger import Ledger
+    from tests.acceptance.service import Service
+
+INTERVAL = timedelta(seconds=2)
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+USERS = 250
+
+
+@pytest.fixture
+def default_worker_env(default_worker_env: dict[str, str]) -> dict[str, str]:
+    return default_worker_env | {"CREDIT_REFRESH_INTERVAL_SECONDS": str(int(INTERVAL.total_seconds()))}
+
+
+def slots(ledger: Ledger) -> list[datetime]:
+    return [slot for (slot,) in ledger.rows("SELECT slot FROM credit_refresh_runs ORDER BY created_at")]
+
+
+def assert_one_run_a_slot(ledger: Ledger) -> None:
+    """Each run stands for the slot that it was opened in, and no slot has two."""
+    rows = ledger.rows("SELECT slot, created_at, source, requested_by FROM credit_refresh_runs ORDER BY created_at")
+    for slot, created_at, source, requested_by in rows:
+        assert (slot - EPOCH) % INTERVAL == timedelta(0)
+        assert slot <= created_at < slot + INTERVAL
+        assert (source, requested_by) == ("beat", "beat")
+    taken = slots(ledger)
+    assert taken == sorted(set(taken))
+
+
+def test_beat_opens_a_run_in_each_slot_and_goes_on_after_it_was_killed(
+    service: Service, ledger: Ledger, tmp_path: Path
+) -> None:
+    ledger.add_due_users(USERS)
+    before = len(slots(ledger))
+    beat = service.start_beat()
+    service.until(lambda: len(slots(ledger)) >= before + 3, "three more slots have a run")
+    beat.kill()
+    killed = slots(ledger)
+    beat.restart()
+    service.until(lambda: len(slots(ledger)) >= len(killed) + 2, "two more slots have a run")
+
+    assert_one_run_a_slot(ledger)
+    # Beat drifts by milliseconds a tick, so now and then it steps over the border of two slots: never over two.
+    assert max(later - earlier for earlier, later in zip(killed[before:], killed[before + 1 :], strict=False)) <= (
+        2 * INTERVAL
+    )
+    (run_id,) = ledger.runs_with_users()
+    ledger.assert_all_granted_once(run_id)
+    assert list((tmp_path / "beat").glob("celerybeat-schedule*"))
+    assert (tmp_path / "beat" / "beat.heartbeat").exists()
+    assert not list(CHECKOUT.glob("celerybeat*"))
+
+
+def test_two_beats_open_each_slot_once(service: Service, ledger: Ledger) -> None:
+    ledger.add_due_users(USERS)
+    beats = [service.start_beat(f"beat{number}") for number in (1, 2)]
+    sent = "Sending due task scan"
+    service.until(lambda: all(beat.logs().count(sent) >= 3 for beat in beats), "both beats rang three times")
+    service.until(lambda: service.waiting() == 0, "the worker took the messages")
+
+    assert_one_run_a_slot(ledger)
+    (run_id,) = ledger.runs_with_users()
+    service.until_finished(run_id)
+    ledger.assert_all_granted_once(run_id)
+    service.worker.assert_log_exists("Nothing to open: this slot's scan has run already")
+
+
+def test_beat_makes_its_state_folder(service: Service, tmp_path: Path) -> None:
+    service.start_beat(str(Path("not") / "there" / "yet"))
+    assert (tmp_path / "not" / "there" / "yet").is_dir()
