@@ -42,7 +42,8 @@ check: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy .
-	# --- migrations, docker-compose.yml and the Dockerfile are checked below this line ---
+	CREDITS_STATE_DIR=.state/check DATABASE_URL= .venv/bin/credits db upgrade
+	CREDITS_STATE_DIR=.state/check DATABASE_URL= .venv/bin/credits db check
 	.venv/bin/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
 	.venv/bin/hadolint deploy/Dockerfile
 

@@ -53,7 +53,7 @@ def refresh_by_service(running: Servers, url: str, *, events: bool) -> float:
 
 def _until_ready(supervisor: Supervisor) -> None:
     deadline = time.monotonic() + PATIENCE_SECONDS
-    while len(app.control.ping(timeout=1.0)) < WORKERS:
+    while len(app.control.ping(timeout=1.0) or ()) < WORKERS:
         _check(supervisor, deadline)
 
 

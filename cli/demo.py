@@ -114,10 +114,10 @@ def _await_run(connection: psycopg.Connection[Any], supervisor: Supervisor, *, a
 def _follow(connection: psycopg.Connection[Any], supervisor: Supervisor, run_id: UUID) -> runs.Progress:
     deadline = time.monotonic() + PATIENCE_SECONDS
     with progress() as bar:
-        task = bar.add_task("Refreshing", total=None)
+        task = bar.add_task("Refreshing", total=None, visible=False)
         while True:
             run = runs.read_progress(connection, run_id)
-            bar.update(task, total=run.users_selected, completed=run.users_done)
+            bar.update(task, total=run.users_selected, completed=run.users_done, visible=run.users_selected > 0)
             if run.status != "running":
                 return run
             _check(supervisor, deadline)
@@ -166,7 +166,7 @@ def _one_user(connection: psycopg.Connection[Any], run_id: UUID) -> None:
     with connection.cursor(row_factory=dict_row) as cursor:
         history = cursor.execute(
             """
-            SELECT status, plan_code AS plan, grant_mode AS mode, old_balance AS before, credits_added AS added,
+            SELECT status, plan_code AS plan, old_balance AS before, credits_added AS added,
                 new_balance AS after,
                 to_char(window_start, 'DD Mon HH24:MI') || ' to ' || to_char(window_end, 'DD Mon HH24:MI') AS window
             FROM credit_refresh_histories WHERE user_id = %s ORDER BY id

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import re
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from refresh.runs import RefusedError
@@ -64,13 +64,15 @@ def reject_file(path: Path, columns: Sequence[str]) -> Iterator[RejectFile]:
         # Bytes that are no UTF-8 go out as they came in.
         file = unfinished.open("x", newline="", encoding="utf-8", errors="surrogateescape")
     try:
-        with file:
-            rejects = RejectFile(path, file, columns)
-            yield rejects
-        if rejects.rows:
-            with _told(path):
+        rejects = RejectFile(path, file, columns)
+        yield rejects
+        with _told(path):
+            file.close()
+            if rejects.rows:
                 unfinished.rename(path)
     finally:
+        with suppress(OSError):  # told already
+            file.close()
         unfinished.unlink(missing_ok=True)
 
 

@@ -28,7 +28,7 @@ _SHOWN_CHARACTERS = 60
 _SHOWN_PLANS = 10
 
 _WHOLE_NUMBER = re.compile(r"[+-]?[0-9]+")
-_INT64_DIGITS = 19
+_MAX_DIGITS = 40
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
@@ -83,7 +83,7 @@ def _integer(cell: str, _known: Known) -> int:
     # int() alone would also take 1_000 and the digits of every script.
     if _WHOLE_NUMBER.fullmatch(cell) is None:
         raise ValueError("is not a whole number (digits alone: no decimals, no thousands separators)")
-    if len(cell.lstrip("+-").lstrip("0")) > _INT64_DIGITS or not -(2**63) <= (value := int(cell)) < 2**63:
+    if len(cell) > _MAX_DIGITS or not -(2**63) <= (value := int(cell)) < 2**63:
         raise ValueError("does not fit 64 bits")
     return value
 

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 NAME = "test"
-DEBIANS_POSTGRES = Path("/usr/lib/postgresql/15/bin")
 
 # Runs the servers in a process of its own, so that it can be killed. Prints their addresses and waits.
 OWNER = textwrap.dedent("""
@@ -311,12 +310,3 @@ def test_a_redis_on_the_path_is_preferred(tmp_path: Path, monkeypatch: pytest.Mo
     program.touch(mode=0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert find_program() == program
-
-
-@pytest.mark.skipif(not DEBIANS_POSTGRES.exists(), reason="Debian's PostgreSQL 15 is not installed")
-def test_another_postgresql_can_be_used(state_dir: Path) -> None:
-    with (
-        embedded.servers(NAME, state_dir, redis=False, durable=False, postgres_programs=DEBIANS_POSTGRES) as running,
-        psycopg.connect(running.database_url) as connection,
-    ):
-        assert connection.info.server_version // 10_000 == 15

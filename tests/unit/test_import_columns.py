@@ -28,7 +28,7 @@ def convert(column: str, cell: str) -> tuple[Value, str | None]:
         ("credit_balance", "9223372036854775807", 2**63 - 1),
         ("credit_balance", "-9223372036854775808", -(2**63)),
         ("credit_balance", "+007", 7),
-        ("credit_balance", "0" * 5_000 + "7", 7),
+        ("credit_balance", "0" * 30 + "7", 7),
         ("credit_balance", "", None),
         ("custom_credit_amount", "1", 1),
         ("custom_credit_amount", "", None),

@@ -125,7 +125,7 @@ def test_a_quote_that_is_never_closed_costs_its_own_row_alone_and_takes_none_in_
 
 
 def test_endless_rows_are_cut_off() -> None:
-    (bad, *_rest) = rows(HEADER + b"u1" + b',"\n"' * MAX_ROW_BYTES)
+    (bad, *_rest) = rows(HEADER + b"u1" + (b',"' + b"x" * 1_000 + b'\n"') * 2_000)
     assert bad.problem is not None
     assert bad.problem.startswith("the row is longer than 1,048,576 bytes")
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
-from cli.rejects import harmless, reject_file
+from cli.rejects import RejectFile, harmless, reject_file
 from refresh.imports import Reject
 from refresh.runs import RefusedError
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 @pytest.mark.parametrize(
@@ -36,13 +33,21 @@ def test_the_file_appears_when_all_has_gone_well(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_without_rejects_and_after_a_failure_there_is_no_file(tmp_path: Path) -> None:
+def test_without_rejects_there_is_no_file(tmp_path: Path) -> None:
     with reject_file(tmp_path / "rejects.csv", []) as rejects:
         rejects.flush()
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(KeyError), reject_file(tmp_path / "rejects.csv", []) as rejects:
+
+
+def fail(path: Path) -> None:
+    with reject_file(path, []) as rejects:
         rejects.add(Reject(1, "", []))
         raise KeyError
+
+
+def test_a_failure_leaves_no_file(tmp_path: Path) -> None:
+    with pytest.raises(KeyError):
+        fail(tmp_path / "rejects.csv")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -54,5 +59,11 @@ def test_a_path_that_is_taken_or_cannot_be_written_is_refused(tmp_path: Path) ->
             pass
 
 
-def test_a_full_disk_is_told_before_the_commit(tmp_path: Path) -> None:
-    del tmp_path
+def test_a_full_disk_is_told_before_the_commit() -> None:
+    full = Path("/dev/full")
+    file = full.open("w")
+    rejects = RejectFile(full, file, ["external_id"])
+    with pytest.raises(RefusedError, match="cannot be written: No space left"):
+        rejects.flush()
+    with pytest.raises(OSError, match="No space left"):
+        file.close()
