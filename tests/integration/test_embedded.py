@@ -14,7 +14,6 @@ import sys
 import textwrap
 import time
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
@@ -29,6 +28,7 @@ from embedded.redis_server import find_program
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 NAME = "test"
 
