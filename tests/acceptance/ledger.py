@@ -150,7 +150,7 @@ class Gate:
             """
             SELECT pid FROM pg_stat_activity
             WHERE datname = current_database() AND application_name = 'credits-worker' AND state = 'active'
-                AND (wait_event_type, wait_event) = ('Lock', 'advisory') AND query LIKE '%credit_refresh_histories%'
+                AND (wait_event_type, wait_event) = ('Lock', 'advisory') AND query LIKE '%WITH batch AS%'
             """
         )
         return [pid for (pid,) in rows]

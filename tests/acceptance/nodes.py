@@ -219,9 +219,8 @@ class Launcher:
         return _ready(LocalWorker(self._run(f"worker{number}", command or LocalWorker.command(), env=env)))
 
     def beat(self, env: Mapping[str, str], name: str = "beat") -> CeleryTestNode:
-        """One more beat, with a state folder of its own: two on one machine would share their timetable's file."""
-        state = {"CREDITS_STATE_DIR": str(self.folder / name)}
-        return CeleryTestNode(_ready(LocalBeat(self._run(name, celery("beat"), env={**env, **state}))))
+        """One more beat."""
+        return CeleryTestNode(_ready(LocalBeat(self._run(name, celery("beat"), env=env))))
 
     def flower(self, env: Mapping[str, str]) -> LocalFlower:
         """Flower as `credits up` starts it."""

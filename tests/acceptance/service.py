@@ -64,8 +64,8 @@ class Service:
     def start_worker(self) -> CeleryTestWorker:
         return self._worker_cls(self._launcher.worker(self._env), self.app)
 
-    def start_beat(self, name: str = "beat") -> CeleryTestNode:
-        return self._launcher.beat(self._env, name)
+    def start_beat(self, name: str = "beat", **variables: str) -> CeleryTestNode:
+        return self._launcher.beat({**self._env, **variables}, name)
 
     def start_flower(self) -> LocalFlower:
         return self._launcher.flower(self._env)

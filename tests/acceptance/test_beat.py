@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,6 +10,8 @@ import pytest
 from settings import CHECKOUT
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.acceptance.ledger import Ledger
     from tests.acceptance.service import Service
 
@@ -44,7 +45,7 @@ def test_beat_opens_a_run_in_each_slot_and_goes_on_after_it_was_killed(
 ) -> None:
     ledger.add_due_users(USERS)
     before = len(slots(ledger))
-    beat = service.start_beat()
+    beat = service.start_beat(CREDITS_STATE_DIR=str(tmp_path))
     service.until(lambda: len(slots(ledger)) >= before + 3, "three more slots have a run")
     beat.kill()
     killed = slots(ledger)
@@ -58,14 +59,18 @@ def test_beat_opens_a_run_in_each_slot_and_goes_on_after_it_was_killed(
     )
     (run_id,) = ledger.runs_with_users()
     ledger.assert_all_granted_once(run_id)
-    assert list((tmp_path / "beat").glob("celerybeat-schedule*"))
-    assert (tmp_path / "beat" / "beat.heartbeat").exists()
+    assert list(tmp_path.glob("celerybeat-schedule*"))
+    assert (tmp_path / "beat.heartbeat").exists()
     assert not list(CHECKOUT.glob("celerybeat*"))
 
 
-def test_two_beats_open_each_slot_once(service: Service, ledger: Ledger) -> None:
+def test_two_beats_open_each_slot_once(service: Service, ledger: Ledger, tmp_path: Path) -> None:
     ledger.add_due_users(USERS)
-    beats = [service.start_beat(f"beat{number}") for number in (1, 2)]
+    # On two machines, as it were: they do not share the timetable's file.
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+    beats = [service.start_beat(f"beat-{folder.name}", CREDITS_STATE_DIR=str(folder)) for folder in folders]
     sent = "Sending due task scan"
     service.until(lambda: all(beat.logs().count(sent) >= 3 for beat in beats), "both beats rang three times")
     service.until(lambda: service.waiting() == 0, "the worker took the messages")
@@ -78,5 +83,8 @@ def test_two_beats_open_each_slot_once(service: Service, ledger: Ledger) -> None
 
 
 def test_beat_makes_its_state_folder(service: Service, tmp_path: Path) -> None:
-    service.start_beat(str(Path("not") / "there" / "yet"))
-    assert (tmp_path / "not" / "there" / "yet").is_dir()
+    folder = tmp_path / "not" / "there" / "yet"
+    beat = service.start_beat(CREDITS_STATE_DIR=str(folder))
+    service.until(lambda: "Sending due task scan" in beat.logs(), "beat rang")
+    assert list(folder.glob("celerybeat-schedule*"))
+    assert "Traceback" not in beat.logs()

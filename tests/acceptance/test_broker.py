@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.acceptance.ledger import Ledger
     from tests.acceptance.service import Service
 
@@ -20,9 +22,9 @@ def default_worker_env(default_worker_env: dict[str, str]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("loss", ["restart", "flushall"])
-def test_a_run_survives_the_loss_of_all_messages(service: Service, ledger: Ledger, loss: str) -> None:
+def test_a_run_survives_the_loss_of_all_messages(service: Service, ledger: Ledger, tmp_path: Path, loss: str) -> None:
     ledger.add_due_users(USERS)
-    service.start_beat()
+    service.start_beat(CREDITS_STATE_DIR=str(tmp_path))
     with ledger.gate() as gate:
         service.until(lambda: len(gate.held()) == 1, "the worker is inside a batch")
         (run_id,) = ledger.runs_with_users()

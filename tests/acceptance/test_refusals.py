@@ -11,7 +11,6 @@ import settings
 from tests.acceptance.nodes import celery
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from embedded import Servers
@@ -33,7 +32,7 @@ REASONS = {
 @pytest.fixture(scope="module")
 def attempts(
     cluster: Cluster, servers: Servers, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[tuple[str, str], tuple[int, str]]]:
+) -> dict[tuple[str, str], tuple[int, str]]:
     """Exit code and output of each attempt. All run at once: most of their time is the start of Python."""
     migrated, empty = cluster.create(cluster.template), cluster.create("template1")
     variables = {
@@ -47,16 +46,19 @@ def attempts(
     usable = {"DATABASE_URL": cluster.url(migrated), "REDIS_URL": servers.redis_url}
     state = tmp_path_factory.mktemp("state")
     started = {
-        (kind, case): start(kind, state, usable | wrong) for case, wrong in variables.items() for kind in ("worker", "beat")
+        (kind, case): start(kind, state, usable | wrong)
+        for case, wrong in variables.items()
+        for kind in ("worker", "beat")
     }
     try:
-        yield {key: (process.wait(SECONDS), process.communicate()[0]) for key, process in started.items()}
+        outputs = {key: process.communicate(timeout=SECONDS)[0] for key, process in started.items()}
     finally:
         for process in started.values():
             process.kill()
-            process.communicate()
+            process.wait()
         cluster.drop(migrated)
         cluster.drop(empty)
+    return {key: (started[key].returncode, output) for key, output in outputs.items()}
 
 
 def start(kind: str, state: Path, variables: dict[str, str]) -> subprocess.Popen[str]:

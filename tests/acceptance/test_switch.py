@@ -8,12 +8,13 @@ import pytest
 
 from celeryconfig import TaskNames
 from refresh import runs
+from tests.acceptance.service import Service
 
 if TYPE_CHECKING:
     from db import Database
     from tests.acceptance.ledger import Ledger
     from tests.acceptance.nodes import Launcher
-    from tests.acceptance.service import Service, ServiceSetup
+    from tests.acceptance.service import ServiceSetup
 
 USERS = 100
 

@@ -109,6 +109,7 @@ def test_a_bad_row_is_named_and_read_again_and_its_neighbours_are_good(line: byt
     before, bad, after = file.rows()
     assert (before.cells, before.problem) == (["before", "x"], None)
     assert (after.cells, after.problem, after.line) == (["after", "x"], None, 4 + line.count(b"\n"))
+    assert file.cells_at(after.at) == after.cells
     assert bad.problem is not None
     assert bad.problem.startswith(problem)
     assert bad.line == 3
