@@ -11,6 +11,7 @@ from models.history import History
 from models.plan import Plan
 from models.run import Run
 from models.setting import Setting
+from models.timezone import Timezone
 from models.user import User
 
-__all__ = ["AuditLog", "Base", "Batch", "History", "Plan", "Run", "Setting", "User"]
+__all__ = ["AuditLog", "Base", "Batch", "History", "Plan", "Run", "Setting", "Timezone", "User"]

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from datetime import time
 
-from sqlalchemy import CheckConstraint, Integer, SmallInteger, text
+from sqlalchemy import CheckConstraint, ForeignKey, Integer, SmallInteger, text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from models.base import Base, Credits
 
 
 class Plan(Base):
-    """A user's tier. The columns of cadences and modes to come are here; the checks admit what the rule knows."""
+    """A user's tier. The checks admit what the rule can use."""
 
     __tablename__ = "plans"
     __table_args__ = (
         CheckConstraint("amount > 0", name="amount"),
-        CheckConstraint("grant_mode IN ('fill')", name="grant_mode"),
-        CheckConstraint("cadence IN ('rolling', 'external')", name="cadence"),
+        CheckConstraint("grant_mode IN ('fill', 'reset', 'add', 'rollover')", name="grant_mode"),
+        CheckConstraint("cadence IN ('rolling', 'monthly', 'daily', 'external')", name="cadence"),
+        CheckConstraint("grant_mode <> 'rollover' OR rollover_cap IS NOT NULL", name="rollover_has_cap"),
+        CheckConstraint("cadence <> 'monthly' OR day_of_month IS NOT NULL", name="monthly_has_day"),
+        CheckConstraint("cadence <> 'daily' OR time_of_day IS NOT NULL", name="daily_has_time"),
+        CheckConstraint("time_of_day < '24:00'", name="time_of_day"),
         CheckConstraint("interval_days BETWEEN 1 AND 3660", name="interval_days"),
         CheckConstraint("day_of_month BETWEEN 1 AND 31", name="day_of_month"),
         CheckConstraint("rollover_cap >= 0", name="rollover_cap"),
@@ -32,6 +36,6 @@ class Plan(Base):
     interval_days: Mapped[int] = mapped_column(Integer, server_default=text("30"))
     day_of_month: Mapped[int | None] = mapped_column(SmallInteger)
     time_of_day: Mapped[time | None]
-    timezone: Mapped[str] = mapped_column(server_default="UTC")
+    timezone: Mapped[str] = mapped_column(ForeignKey("timezones.name"), server_default="UTC")
     atomic: Mapped[bool] = mapped_column(server_default=text("false"))
     active: Mapped[bool] = mapped_column(server_default=text("true"))

@@ -25,7 +25,7 @@ class User(Base):
 
     __tablename__ = "users"
     __table_args__ = (
-        CheckConstraint("credit_refresh_day IS NULL", name="credit_refresh_day"),
+        CheckConstraint("credit_refresh_day BETWEEN 1 AND 31", name="credit_refresh_day"),
         CheckConstraint("custom_credit_amount > 0", name="custom_credit_amount"),
         Index("ix_users_wake_at", "wake_at", postgresql_where=text("wake_at IS NOT NULL")),
     )
@@ -43,7 +43,7 @@ class User(Base):
     held_window: Mapped[datetime | None]
     credit_refresh_day: Mapped[int | None] = mapped_column(SmallInteger)
     custom_credit_amount: Mapped[Credits | None]
-    timezone: Mapped[str | None]
+    timezone: Mapped[str | None] = mapped_column(ForeignKey("timezones.name"))
     active: Mapped[bool] = mapped_column(server_default=text("true"))
     created_at: Mapped[datetime] = mapped_column(server_default=text("now()"))
     updated_at: Mapped[datetime] = mapped_column(server_default=text("now()"))

@@ -55,7 +55,7 @@ WITH batch AS MATERIALIZED (
 locked AS MATERIALIZED (
     SELECT
         u.id, u.plan_code, u.credit_balance, u.last_credit_refresh, u.next_refresh_at, u.credit_refresh_hold,
-        u.hold_until, u.held_window, u.custom_credit_amount, u.active
+        u.hold_until, u.held_window, u.credit_refresh_day, u.custom_credit_amount, u.timezone, u.active
     FROM users AS u
     WHERE u.id = ANY ((SELECT user_ids FROM batch)::bigint[])
     {lock}
@@ -72,7 +72,9 @@ decided AS MATERIALIZED (
     LEFT JOIN plans AS p ON p.code = l.plan_code
     CROSS JOIN LATERAL decide(
         b.as_of, l.active, l.credit_refresh_hold, l.hold_until, l.next_refresh_at, l.credit_balance,
-        l.custom_credit_amount, p.active, p.cadence, p.interval_days, p.grant_mode, p.amount
+        l.custom_credit_amount, l.credit_refresh_day, l.timezone,
+        p.active, p.cadence, p.interval_days, p.day_of_month, p.time_of_day, p.timezone, p.grant_mode, p.amount,
+        p.rollover_cap
     ) AS d
 ),
 """

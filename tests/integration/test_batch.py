@@ -215,7 +215,7 @@ def test_the_rule_is_inlined(world: World) -> None:
     statement = GRANT_MANY.replace("%(batch_id)s", "1").replace("%(deferred_seconds)s", "5")
     plan = "\n".join(row["QUERY PLAN"] for row in world.rows(f"EXPLAIN (VERBOSE) {statement}"))
     assert "date_bin" in plan
-    for function in ("decide", "refresh_window", "credits_to_add"):
+    for function in ("decide", "refresh_window", "credits_to_add", "calendar_period", "calendar_boundary"):
         assert f"{function}(" not in plan
 
 
