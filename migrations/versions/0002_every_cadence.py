@@ -31,9 +31,11 @@ def upgrade() -> None:
     _drop("decide", "refresh_window", "credits_to_add")
     _run("0002/constraints.sql")
     _run("0002/rule.sql")
+    _run("0002/host.sql")
 
 
 def downgrade() -> None:
+    _run("0002/host_down.sql")
     _drop("decide", "refresh_window", "credits_to_add", "calendar_period", "calendar_boundary")
     _run("0002/constraints_down.sql")
     _run("0001/rule.sql")
