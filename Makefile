@@ -4,7 +4,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo up test check bench setup lock clean
+.PHONY: help demo up test test-long check bench setup lock clean
 
 PYTHON ?= python3
 export PYTHON
@@ -21,6 +21,7 @@ help:
 	@echo 'make demo    set up, then refresh 10,000 sample users by real workers and show what happened'
 	@echo 'make up      set up, then run the whole stack on embedded servers until Ctrl-C'
 	@echo 'make test    set up, then run the tests                      (ARGS=... goes to pytest)'
+	@echo 'make test-long  set up, then hold the rule against its oracle over 200,000 made-up users'
 	@echo 'make check   set up, then run the linters, the type checker and the other static checks'
 	@echo 'make bench   set up, then measure users per second'
 	@echo 'make lock    resolve the dependencies anew                   (ARGS=--upgrade takes the newest)'
@@ -34,6 +35,9 @@ up: setup
 
 test: setup
 	@.venv/bin/pytest $(ARGS)
+
+test-long: setup
+	@.venv/bin/pytest --hypothesis-profile=long tests/integration/test_rule_properties.py $(ARGS)
 
 bench: setup
 	@.venv/bin/python -m bench $(ARGS)

@@ -14,27 +14,39 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import click
-import psycopg
 
 import embedded
 import settings
 from bench.bare import refresh_bare
 from bench.service import refresh_by_service
-from bench.worlds import Worlds, verify
+from bench.worlds import CADENCES, Worlds, verify
 from cli.output import err, out, table
 from embedded.processes import unwind_on_signals
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from embedded import Servers
-
 RESULTS = settings.CHECKOUT / "bench" / "results"
 
 
 @dataclass(frozen=True)
+class Way:
+    """One way of refreshing everybody.
+
+    Attributes:
+        name: of the row.
+        worlds: where its databases come from.
+        refresh: does it in the database of that URL, and returns its seconds.
+    """
+
+    name: str
+    worlds: Worlds
+    refresh: Callable[[str], float]
+
+
+@dataclass(frozen=True)
 class Result:
-    """One way of refreshing all users: medians over the repetitions."""
+    """Medians over the repetitions; the ratio is to the first way of the same repetition."""
 
     name: str
     users_per_second: float
@@ -44,24 +56,23 @@ class Result:
     repetitions: int
 
 
-def measure(worlds: Worlds, ways: dict[str, Callable[[str], float]], repetitions: int) -> list[Result]:
+def measure(ways: list[Way], repetitions: int) -> list[Result]:
     """Time each way in turn, again and again, so that a slow minute of the machine slows all of them.
 
     Args:
-        worlds: where the databases come from.
-        ways: by name; each refreshes everybody in the database of that URL and returns its seconds. The first is the
-            yardstick.
+        ways: the first is the yardstick.
         repetitions: of each.
     """
-    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    speeds: dict[str, list[float]] = {way.name: [] for way in ways}
     for repetition in range(1, repetitions + 1):
-        for name, refresh in ways.items():
-            with worlds.copy() as url:
-                seconds = refresh(url)
-                verify(url, worlds.users)
-            speeds[name].append(worlds.users / seconds)
-            err.print(f"{repetition}/{repetitions}  {name}: {worlds.users / seconds:,.0f} users/s", highlight=False)
-    yardstick = next(iter(speeds.values()))
+        for way in ways:
+            with way.worlds.copy() as url:
+                seconds = way.refresh(url)
+                verify(url, way.worlds.users)
+            speed = way.worlds.users / seconds
+            speeds[way.name].append(speed)
+            err.print(f"{repetition}/{repetitions}  {way.name}: {speed:,.0f} users/s", highlight=False)
+    yardstick = speeds[ways[0].name]
     return [
         Result(
             name,
@@ -79,44 +90,45 @@ def measure(worlds: Worlds, ways: dict[str, Callable[[str], float]], repetitions
 @click.option("--users", default=100_000, show_default=True, type=click.IntRange(1_000), help="Users, all of them due.")
 @click.option("--repetitions", default=5, show_default=True, type=click.IntRange(1), help="Of each way, interleaved.")
 def main(users: int, repetitions: int) -> None:
-    """Measure how close the service comes to its own SQL."""
+    """Measure how close the service comes to its own SQL, and what each cadence of the rule costs."""
     unwind_on_signals()
     loaded = settings.load()
     with embedded.servers("bench", loaded.credits_state_dir, fresh=True) as running:
-        results = _measure_service(running, users, repetitions)
-    out.print(
-        table(
-            f"{users:,} due users, two worker processes, batches of 100; ratio to the bare loop in the same run",
+        rolling = Worlds(running, users)
+        service = measure(
             [
-                {
-                    "way": result.name,
-                    "users/s (median)": f"{result.users_per_second:,.0f}",
-                    "slowest–fastest": f"{result.slowest:,.0f}–{result.fastest:,.0f}",  # noqa: RUF001 - a range
-                    "ratio": f"{result.ratio:.2f}",
-                }
-                for result in results
+                Way("bare statement, 2 connections", rolling, refresh_bare),
+                Way("service", rolling, lambda url: refresh_by_service(running, url, events=False)),
+                Way("service, task events on", rolling, lambda url: refresh_by_service(running, url, events=True)),
             ],
+            repetitions,
         )
-    )
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"service-{users}-{time.strftime('%Y%m%d-%H%M%S')}.json"
-    path.write_text(json.dumps({"users": users, "results": [asdict(result) for result in results]}, indent=2))
-    err.print(f"Written to {path.relative_to(settings.CHECKOUT)}")
+        others = [Worlds(running, users, cadence) for cadence in CADENCES if cadence != rolling.cadence]
+        rule = measure([Way(worlds.cadence, worlds, refresh_bare) for worlds in (rolling, *others)], repetitions)
+    _show(f"{users:,} due users, two worker processes, batches of 100; ratio to the bare statement", service)
+    _show(f"The rule: {users:,} due users, the bare statement; ratio to the rolling cadence", rule)
+    _write(users, {"service": service, "rule": rule})
 
 
-def _measure_service(running: Servers, users: int, repetitions: int) -> list[Result]:
-    with psycopg.connect(running.database_url) as connection:
-        row = connection.execute("SELECT version(), current_setting('fsync')").fetchone()
-    err.print(f"{row}", highlight=False)
-    return measure(
-        Worlds(running, users),
+def _show(title: str, results: list[Result]) -> None:
+    rows = [
         {
-            "bare statement, 2 connections": refresh_bare,
-            "service": lambda url: refresh_by_service(running, url, events=False),
-            "service, task events on": lambda url: refresh_by_service(running, url, events=True),
-        },
-        repetitions,
-    )
+            "way": result.name,
+            "users/s": f"{result.users_per_second:,.0f}",
+            "slowest to fastest": f"{result.slowest:,.0f} to {result.fastest:,.0f}",
+            "ratio": f"{result.ratio:.2f}",
+        }
+        for result in results
+    ]
+    out.print(table(title, rows))
+
+
+def _write(users: int, results: dict[str, list[Result]]) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{users}-{time.strftime('%Y%m%d-%H%M%S')}.json"
+    facts = {name: [asdict(result) for result in rows] for name, rows in results.items()}
+    path.write_text(json.dumps({"users": users, **facts}, indent=2))
+    err.print(f"Written to {path.relative_to(settings.CHECKOUT)}")
 
 
 if __name__ == "__main__":

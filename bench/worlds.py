@@ -20,7 +20,21 @@ if TYPE_CHECKING:
     from embedded import Servers
 
 SLOT = timedelta(hours=8_760)
-_TEMPLATE = "bench_users"
+# What makes both plans follow another cadence, with everybody due within the last hour on its grid.
+CADENCES = {
+    "rolling": "SELECT 1",
+    "monthly": """
+        UPDATE plans SET cadence = 'monthly', day_of_month = extract(day FROM now() AT TIME ZONE 'Europe/Berlin'),
+            time_of_day = date_trunc('hour', now() AT TIME ZONE 'Europe/Berlin')::time, timezone = 'Europe/Berlin'
+    """,
+    "daily": """
+        UPDATE plans SET cadence = 'daily', time_of_day = date_trunc('hour', now() AT TIME ZONE 'Europe/Berlin')::time,
+            timezone = 'Europe/Berlin'
+    """,
+    "anniversary": """
+        UPDATE users SET credit_refresh_day = extract(day FROM now() AT TIME ZONE 'UTC'), timezone = 'America/New_York'
+    """,
+}
 
 # Due within the last hour, as the hourly scan finds them; ids and due instants in no order with each other.
 _FILL = """
@@ -54,15 +68,18 @@ class Worlds:
     Args:
         running: the servers.
         users: how many.
+        cadence: one of `CADENCES`.
     """
 
-    def __init__(self, running: Servers, users: int) -> None:
+    def __init__(self, running: Servers, users: int, cadence: str = "rolling") -> None:
         self.users = users
+        self.cadence = cadence
         self._running = running
         self._numbers = itertools.count(1)
+        self._template = f"bench_{cadence}"
         with self._admin() as admin:
-            admin.execute(f"CREATE DATABASE {_TEMPLATE}")
-        template = Database(self.url(_TEMPLATE), "credits")
+            admin.execute(f"CREATE DATABASE {self._template}")
+        template = Database(self.url(self._template), "credits")
         migrate(template)
         with template.transaction() as connection:
             # The slot is taken while nobody is there: workers, which open a missed slot as they start, find it so.
@@ -70,14 +87,19 @@ class Worlds:
         with template.statements() as connection:
             connection.execute("SET statement_timeout = 0")
             connection.execute(_FILL.format(users=users))
-            connection.execute("VACUUM (FREEZE, ANALYZE)")
+            connection.execute(CADENCES[cadence])
+            # The change of day has moved the dates to the new grid; back to due, as the trigger would not have it.
+            connection.execute("ALTER TABLE users DISABLE TRIGGER USER")
+            connection.execute("UPDATE users SET next_refresh_at = now() - make_interval(secs => (id * 7919) % 3600)")
+            connection.execute("ALTER TABLE users ENABLE TRIGGER USER")
+            connection.execute("VACUUM (FULL, FREEZE, ANALYZE)")
 
     @contextmanager
     def copy(self) -> Iterator[str]:
         """The URL of a fresh copy, flushed to disk so that its making is not measured."""
-        name = f"bench_{next(self._numbers)}"
+        name = f"{self._template}_{next(self._numbers)}"
         with self._admin() as admin:
-            admin.execute(f"CREATE DATABASE {name} TEMPLATE {_TEMPLATE} STRATEGY file_copy")
+            admin.execute(f"CREATE DATABASE {name} TEMPLATE {self._template} STRATEGY file_copy")
             admin.execute("CHECKPOINT")
             yield self.url(name)
             admin.execute(f"DROP DATABASE {name} WITH (FORCE)")

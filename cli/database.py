@@ -1,4 +1,4 @@
-"""`credits db`: migrations."""
+"""`credits db`: migrations, and the trigger that is an option."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from alembic.config import Config
 from alembic.util import CommandError
 
 from cli.output import answer, json_option
-from cli.session import session
+from cli.session import actor, session
 from db import ALEMBIC_INI, Database, DatabaseError
+from refresh.switch import TRIGGER_LOCK_TIMEOUT, turn_trigger
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,3 +64,28 @@ def check(*, as_json: bool) -> None:
             raise DatabaseError(f"The tables differ from this release: {error}") from error
         schema = opened.settings.database_schema
         answer(f"Schema {schema} is as it should be.", {"schema": schema, "upToDate": True}, as_json=as_json)
+
+
+@db.command()
+@click.argument("state", type=click.Choice(["on", "off"]))
+@json_option
+def triggers(*, state: str, as_json: bool) -> None:
+    """Turn the refresh on spend on or off: a trigger on our users table.
+
+    With it, an UPDATE that lowers the balance of a user who is due refreshes them first, in the same transaction,
+    under the same rule and the same unique key as the scan. For hosts that cannot call refresh_credits_if_due() before
+    a spend. It costs a spend of a user who is not due one comparison.
+
+    Safe to repeat, and to run while the service works: the table's lock is waited for 5 seconds at most.
+
+    \b
+    Examples:
+      credits db triggers on
+      credits db triggers off --json
+    """  # noqa: D301 - \b is Click's mark for a block that is not to be wrapped
+    on = state == "on"
+    with session() as opened, opened.database.transaction(lock_timeout=TRIGGER_LOCK_TIMEOUT) as connection:
+        changed = turn_trigger(connection, on=on, actor=actor())
+    said = "A spend now refreshes whoever is due first" if on else "A spend refreshes nobody"
+    text = f"{said}." if changed else f"The trigger was {state} already."
+    answer(text, {"triggers": on, "changed": changed}, as_json=as_json)

@@ -21,11 +21,15 @@ FINISHED_WITH_FAILURES = 3
 _COMMANDS = {
     "db": ("cli.database", "Prepare the database and check it."),
     "demo": ("cli.demo", "Refresh sample users by real servers, workers and beat."),
+    "hold": ("cli.hold", "Keep a user from being refreshed."),
     "pause": ("cli.switch", "Grant nothing on any path until `credits resume`."),
+    "plans": ("cli.plans", "Show, preview and change what a tier grants, and when."),
+    "release": ("cli.hold", "End a user's hold."),
     "resume": ("cli.switch", "End a pause."),
     "scan": ("cli.scan", "Find all due users and have the workers refresh them."),
     "up": ("cli.up", "Run workers, beat and Flower until Ctrl-C."),
-    "users": ("cli.users", "Import users."),
+    "users": ("cli.users", "Import users, show one, give dates to those who have none."),
+    "why": ("cli.why", "Say why a user is, or is not, refreshed."),
 }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import click
@@ -11,34 +10,18 @@ import click
 from cli.main import FINISHED_WITH_FAILURES
 from cli.output import answer, err, json_option, progress
 from cli.session import Session, actor, session
+from cli.types import Instant
 from refresh import runs
 from tasks.app import check_broker, use_broker
 from tasks.publish import publish_batches
 
 if TYPE_CHECKING:
+    from datetime import datetime
     from uuid import UUID
 
 POLL_SECONDS = 0.2
 STALLED_SECONDS = 10.0
 """How long `--wait` sees nothing move before it says what is missing."""
-
-
-class Instant(click.ParamType[datetime]):
-    """An ISO 8601 date and time with its offset from UTC."""
-
-    name = "instant"
-
-    def convert(self, value: str | datetime, param: click.Parameter | None, ctx: click.Context | None) -> datetime:
-        """Parse, and insist on a zone: a time without one means something else on each machine."""
-        if isinstance(value, datetime):
-            return value
-        try:
-            parsed = datetime.fromisoformat(value)
-        except ValueError:
-            self.fail(f"{value!r} is not an instant such as 2026-12-01T00:00:00Z", param, ctx)
-        if parsed.tzinfo is None:
-            self.fail(f"{value!r} names no zone: write {value}Z for UTC, or {value}+02:00", param, ctx)
-        return parsed.astimezone(UTC)
 
 
 @click.command()
@@ -95,6 +78,11 @@ def _not_opened(why: runs.NotOpened, *, as_json: bool) -> None:
 
 def summary(run: runs.Progress) -> str:
     """A finished run in a sentence."""
+    if run.kind == "regrid":
+        return (
+            f"Run {run.run_id} {run.status} in {run.seconds:.1f} s: {run.users_refreshed:,} users moved to the new "
+            f"grid, {run.users_skipped:,} skipped, {run.users_failed:,} failed."
+        )
     would = "would be " if run.dry_run else ""
     return (
         f"Run {run.run_id} {run.status} in {run.seconds:.1f} s: {run.users_selected:,} users due, "
@@ -103,10 +91,10 @@ def summary(run: runs.Progress) -> str:
     )
 
 
-def wait_for_run(opened: Session, run_id: UUID) -> runs.Progress:
+def wait_for_run(opened: Session, run_id: UUID, doing: str = "Refreshing") -> runs.Progress:
     """Show a run's progress until it has ended."""
     with opened.database.statements() as connection, progress() as bar:
-        task = bar.add_task("Refreshing", total=None)
+        task = bar.add_task(doing, total=None)
         moved_at, seen, warned = time.monotonic(), -1, False
         while True:
             run = runs.read_progress(connection, run_id)

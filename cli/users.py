@@ -8,24 +8,32 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cli.chart import bars
 from cli.main import ERROR
-from cli.output import answer, err, json_option, progress
+from cli.output import answer, err, facts, json_option, out, progress, table
 from cli.rejects import reject_file
 from cli.session import actor, session
+from cli.why import explanation
+from cli.words import confirm, counted, moment, window_rows, yes_option
 from refresh.import_columns import COLUMNS
 from refresh.import_file import UserFile
 from refresh.imports import BadRowsError, Report, import_users
-from refresh.runs import RefusedError
+from refresh.runs import OPENING_LOCK_TIMEOUT, RefusedError
+from refresh.stagger import count_unscheduled, stagger_users
+from refresh.verdict import explain_user
+from refresh.windows import user_windows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from refresh.verdict import Verdict
 
 READ_BUFFER_BYTES = 1_048_576
 
 
 @click.group()
 def users() -> None:
-    """Import users."""
+    """Import users, show one, give dates to those who have none."""
 
 
 @users.command("import", epilog=f"Columns: {', '.join(COLUMNS)}.")
@@ -67,8 +75,9 @@ def import_(ctx: click.Context, *, file: Path, rejects: Path | None, as_json: bo
     answer(_sentence(file, report, rejects), _facts(file, report, rejects), as_json=as_json)
     if report.unscheduled:
         err.print(
-            f"Unscheduled: {report.unscheduled:,} of them without a next_refresh_at. No scan refreshes them until an "
-            "import gives them a date in that column.",
+            f"Unscheduled: {report.unscheduled:,} of them without a next_refresh_at. No scan refreshes them until "
+            "`credits users stagger` spreads them evenly over their plan's interval, or an import gives them a date in "
+            "that column.",
             soft_wrap=True,
         )
 
@@ -147,3 +156,94 @@ def _say_bad(file: Path, error: BadRowsError, *, as_json: bool) -> None:
         examples = [{"line": line, "reason": reason} for line, reason in error.examples]
         nothing = Report(new=0, changed=0, unchanged=0, bad=error.bad, kept=0, unscheduled=0)
         answer("", {**_facts(file, nothing, None), "rejects": None, "badRows": examples}, as_json=True)
+
+
+@users.command()
+@click.argument("user", metavar="USER")
+@json_option
+def show(*, user: str, as_json: bool) -> None:
+    """Show a user: the facts, the verdict, and the next six windows. USER is your app's own id of them.
+
+    The windows are in the user's local time, else the plan's, and in UTC. Their amount is what a refresh aims at; how
+    many credits that adds depends on what is left then. A held user's are those after the hold, or after a release
+    now.
+
+    \b
+    With --json: what `credits why` says, and email, timezone, creditRefreshDay, customCreditAmount, createdAt, and
+    windows (startsAt, endsAt, local, timezone, amount).
+
+    \b
+    Example:
+      credits users show user-42
+    """  # noqa: D301 - \b is Click's mark for a block that is not to be wrapped
+    with session() as opened, opened.database.statements() as connection:
+        verdict = explain_user(connection, user)
+        windows = user_windows(connection, verdict.user_id)
+    text = explanation(verdict)
+    if as_json:
+        shown = {
+            **verdict.facts(),
+            "email": verdict.email,
+            "timezone": verdict.timezone,
+            "creditRefreshDay": verdict.credit_refresh_day,
+            "customCreditAmount": verdict.custom_credit_amount,
+            "createdAt": verdict.created_at.isoformat(),
+            "windows": [window.facts() for window in windows],
+            "text": text,
+        }
+        answer("", shown, as_json=True)
+        return
+    out.print(facts(user, _known(verdict)))
+    out.print(text, soft_wrap=True, markup=False)
+    if windows:
+        out.print(table("Next windows", window_rows(windows)))
+
+
+def _known(verdict: Verdict) -> dict[str, Any]:
+    known = {
+        "email": verdict.email,
+        "plan": verdict.plan_code,
+        "balance": verdict.credit_balance,
+        "next refresh": moment(verdict.next_refresh_at) if verdict.next_refresh_at else None,
+        "amount of their own": verdict.custom_credit_amount,
+        "day of their own": verdict.credit_refresh_day,
+        "time zone of their own": verdict.timezone,
+        "since": moment(verdict.created_at),
+        "verdict": verdict.verdict,
+    }
+    return {name: value for name, value in known.items() if value is not None}
+
+
+@users.command()
+@click.option("--plan", metavar="CODE", help="Users of this plan alone.")
+@yes_option
+@json_option
+def stagger(*, plan: str | None, yes: bool, as_json: bool) -> None:
+    """Give every unscheduled user a date, spread evenly over their plan's interval.
+
+    Unscheduled are active users on an active plan who have no next_refresh_at: imported without a date. On a rolling
+    plan they are spread over the next interval, in an order that depends on their external_id alone. On a calendar
+    plan, or with a day of their own, they get the next boundary. Nothing is granted before the date.
+
+    \b
+    Examples:
+      credits users stagger
+      credits users stagger --plan free --yes
+    """  # noqa: D301 - \b is Click's mark for a block that is not to be wrapped
+    with session() as opened:
+        # All in one statement: a million users take longer than the limit of a batch.
+        with opened.database.transaction(lock_timeout=OPENING_LOCK_TIMEOUT) as connection:
+            unscheduled = count_unscheduled(connection, plan)
+        if unscheduled:
+            confirm(f"Give a date to {counted(unscheduled, 'unscheduled user')}?", yes=yes)
+        with opened.database.transaction(lock_timeout=OPENING_LOCK_TIMEOUT) as connection:
+            days = stagger_users(connection, actor=actor(), plan=plan) if unscheduled else []
+            left = count_unscheduled(connection, plan)
+    dated = sum(day.users for day in days)
+    text = f"Staggered {counted(dated, 'user')}." if dated else "Nobody is unscheduled."
+    if left:
+        text += f" Left {counted(left, 'user')}, whom somebody else had locked or who came meanwhile: run it again."
+    distribution = [{"planCode": day.plan_code, "day": day.day.isoformat(), "users": day.users} for day in days]
+    if days and not as_json:
+        out.print(bars("First refreshes a day (UTC)", [(day.day, day.users) for day in days]))
+    answer(text, {"users": dated, "left": left, "days": distribution}, as_json=as_json)

@@ -18,7 +18,7 @@ class Run(Base):
 
     __tablename__ = "credit_refresh_runs"
     __table_args__ = (
-        CheckConstraint("kind IN ('refresh', 'apply', 'rollback', 'retry')", name="kind"),
+        CheckConstraint("kind IN ('refresh', 'apply', 'rollback', 'retry', 'regrid')", name="kind"),
         CheckConstraint("source IN ('beat', 'cli', 'api', 'cron', 'stripe')", name="source"),
         CheckConstraint("status IN ('running', 'succeeded', 'partial', 'failed', 'cancelled')", name="status"),
         CheckConstraint("(status = 'running') = (finished_at IS NULL)", name="finished"),

@@ -20,11 +20,11 @@ from uuid import UUID  # noqa: TC003 - psycopg's row factory builds the class at
 
 from psycopg.rows import class_row
 
+from refresh.closing import CLOSE, DEFER, DEFERRED_RETRY_SECONDS, LOCK_SKIPPING, LOCK_WAITING
+from refresh.regrid import REGRID_MANY, REGRID_ONE
+
 if TYPE_CHECKING:
     import psycopg
-
-DEFERRED_RETRY_SECONDS = 5
-"""How soon users whom somebody else had locked are tried again; upkeep's pace is what they really wait for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,17 +132,9 @@ audit AS (
     LEFT JOIN history AS h ON h.user_id = d.user_id
     WHERE d.verdict = 'due' OR h.user_id IS NOT NULL
 ),
-deferred AS (
-    INSERT INTO credit_refresh_batches (run_id, seq, user_ids, attempts, next_attempt_at)
-    SELECT b.run_id, b.seq, array_agg(u.id), b.attempts + 1, now() + make_interval(secs => %(deferred_seconds)s)
-    FROM batch AS b
-    JOIN users AS u ON u.id = ANY (b.user_ids)
-    -- The usual batch has nobody to defer and does not look.
-    WHERE (SELECT count(*) FROM locked) < (SELECT cardinality(user_ids) FROM batch)
-        AND NOT EXISTS (SELECT FROM locked AS l WHERE l.id = u.id)
-    GROUP BY b.run_id, b.seq, b.attempts
-    RETURNING cardinality(user_ids) AS users
-),
+"""
+
+_COUNT = """
 counts AS (
     SELECT
         (SELECT count(*) FROM moved WHERE status = 'refreshed') AS refreshed,
@@ -195,27 +187,13 @@ audit AS (
 )
 """
 
-# ck_credit_refresh_batches_accounted fails the whole statement when a user is not accounted for.
-_CLOSE = """
-UPDATE credit_refresh_batches AS b SET
-    status = 'done', finished_at = clock_timestamp(), error = NULL,
-    users_refreshed = c.refreshed, users_held = c.held, users_skipped = c.skipped, users_failed = c.failed,
-    users_deferred = c.deferred, credits_granted = c.credits
-FROM counts AS c
-WHERE b.id = (SELECT id FROM batch)
-RETURNING b.run_id, b.seq, b.users_refreshed, b.users_held, b.users_skipped, b.users_failed, b.users_deferred,
-    b.credits_granted
-"""
+GRANT_MANY = _TAKE.format(dry_run="false", lock=LOCK_SKIPPING) + _GRANT + DEFER + _COUNT + CLOSE
+GRANT_ONE = _TAKE.format(dry_run="false", lock=LOCK_WAITING) + _GRANT + DEFER + _COUNT + CLOSE
+PLAN = _TAKE.format(dry_run="true", lock="ORDER BY u.id") + _PLAN + CLOSE
 
-_LOCK_WAITING = "ORDER BY u.id FOR NO KEY UPDATE"
-
-GRANT_MANY = _TAKE.format(dry_run="false", lock=f"{_LOCK_WAITING} SKIP LOCKED") + _GRANT + _CLOSE
-GRANT_ONE = _TAKE.format(dry_run="false", lock=_LOCK_WAITING) + _GRANT + _CLOSE
-PLAN = _TAKE.format(dry_run="true", lock="ORDER BY u.id") + _PLAN + _CLOSE
-
-# Which of the three a batch wants; one round trip a message. What is done already is not asked again.
+# Which of the statements a batch wants; one round trip a message. What is done already is not asked again.
 _PENDING = """
-SELECT b.id, r.dry_run, cardinality(b.user_ids) = 1 AS lone
+SELECT b.id, r.kind, r.dry_run, cardinality(b.user_ids) = 1 AS lone
 FROM credit_refresh_batches AS b JOIN credit_refresh_runs AS r ON r.id = b.run_id
 WHERE b.id = ANY (%(ids)s) AND b.status = 'pending'
 ORDER BY b.id
@@ -225,7 +203,15 @@ ORDER BY b.id
 def pending_statements(connection: psycopg.Connection[Any], batch_ids: list[int]) -> list[tuple[int, str]]:
     """The batches among `batch_ids` that are still to be done, each with the statement that does it."""
     rows = connection.execute(_PENDING, {"ids": batch_ids}, prepare=True).fetchall()
-    return [(id_, PLAN if dry_run else GRANT_ONE if lone else GRANT_MANY) for id_, dry_run, lone in rows]
+    return [(id_, _statement(kind, dry_run=dry_run, lone=lone)) for id_, kind, dry_run, lone in rows]
+
+
+def _statement(kind: str, *, dry_run: bool, lone: bool) -> str:
+    if kind == "regrid":
+        return REGRID_ONE if lone else REGRID_MANY
+    if dry_run:
+        return PLAN
+    return GRANT_ONE if lone else GRANT_MANY
 
 
 def refresh_batch(connection: psycopg.Connection[Any], batch_id: int, statement: str) -> Outcome | None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from uuid import UUID, uuid4
 
 from psycopg.rows import class_row
+from psycopg.types.json import Jsonb
 
 from db import one
 from models.history import SCHEDULED
@@ -100,11 +101,11 @@ FROM settings AS s
 """
 
 # Whom not to batch again: users whose unfinished batch will decide anyway. Dry runs take nobody and plan anybody, but
-# beat's dry runs meet the same due users each hour and plan each window once.
+# beat's dry runs meet the same due users each hour and plan each window once. A regrid grants nothing.
 _TAKEN = """
 SELECT unnest(b.user_ids) AS user_id
 FROM credit_refresh_batches AS b JOIN credit_refresh_runs AS r ON r.id = b.run_id
-WHERE b.status = 'pending' AND NOT r.dry_run
+WHERE b.status = 'pending' AND NOT r.dry_run AND r.kind <> 'regrid'
 """
 _PLANNED = """
 SELECT h.user_id
@@ -112,18 +113,22 @@ FROM credit_refresh_histories AS h JOIN users AS u ON u.id = h.user_id
 WHERE h.status = 'planned' AND h.reason = 'scheduled' AND h.window_start >= u.next_refresh_at
 """
 
-# The run's row comes last because it carries the counts; its batches' foreign key is checked at the statement's end.
-_SCAN = """
-WITH taken AS MATERIALIZED ({taken}),
-due AS (
+_DUE = """
+taken AS MATERIALIZED ({taken}),
+selected AS (
     SELECT u.id
     FROM users AS u
     WHERE u.wake_at <= coalesce(%(as_of)s::timestamptz, now())
         AND EXISTS (SELECT FROM plans AS p WHERE p.code = u.plan_code AND p.active AND p.cadence <> 'external')
         AND NOT EXISTS (SELECT FROM taken AS t WHERE t.user_id = u.id)
-),
+)
+"""
+
+# The run's row comes last because it carries the counts; its batches' foreign key is checked at the statement's end.
+_OPEN = """
+WITH {selected},
 -- By id: a batch's users lie together on disk.
-numbered AS (SELECT id, (row_number() OVER (ORDER BY id) - 1) / %(batch_size)s AS seq FROM due),
+numbered AS (SELECT id, (row_number() OVER (ORDER BY id) - 1) / %(batch_size)s AS seq FROM selected),
 batches AS (
     INSERT INTO credit_refresh_batches (run_id, seq, user_ids)
     SELECT %(run_id)s::uuid, seq, array_agg(id) FROM numbered GROUP BY seq ORDER BY seq
@@ -131,20 +136,33 @@ batches AS (
 ),
 cut AS (SELECT count(*) AS batches, coalesce(sum(users), 0) AS users FROM batches)
 INSERT INTO credit_refresh_runs (
-    id, source, status, dry_run, as_of, slot, selection, reason, requested_by, users_selected, batches_total,
+    id, kind, source, status, dry_run, as_of, slot, selection, reason, requested_by, users_selected, batches_total,
     started_at, finished_at
 )
 SELECT
-    %(run_id)s::uuid, %(source)s, CASE WHEN cut.batches = 0 THEN 'succeeded' ELSE 'running' END, %(dry_run)s,
-    %(as_of)s::timestamptz, %(slot)s::timestamptz, '{{"due": true}}', %(reason)s, %(requested_by)s, cut.users,
+    %(run_id)s::uuid, %(kind)s, %(source)s, CASE WHEN cut.batches = 0 THEN 'succeeded' ELSE 'running' END,
+    %(dry_run)s, %(as_of)s::timestamptz, %(slot)s::timestamptz, %(selection)s, %(reason)s, %(requested_by)s, cut.users,
     cut.batches, now(),
     CASE WHEN cut.batches = 0 THEN clock_timestamp() END
 FROM cut
+WHERE cut.batches > 0 OR %(even_empty)s
 RETURNING id AS run_id, dry_run, users_selected, batches_total
 """
-SCAN = _SCAN.format(taken=_TAKEN)
-SCAN_DRY = _SCAN.format(taken="SELECT NULL::bigint AS user_id WHERE false")
-SCAN_DRY_SCHEDULED = _SCAN.format(taken=_PLANNED)
+
+
+def opening(selected: str) -> str:
+    """The statement that cuts users into batches and writes their run, for `selected`: CTEs that end in that one."""
+    return _OPEN.format(selected=selected)
+
+
+SCAN = opening(_DUE.format(taken=_TAKEN))
+SCAN_DRY = opening(_DUE.format(taken="SELECT NULL::bigint AS user_id WHERE false"))
+SCAN_DRY_SCHEDULED = opening(_DUE.format(taken=_PLANNED))
+
+
+def lock_door(connection: psycopg.Connection[Any]) -> None:
+    """Wait until nobody else opens a run; they wait for this transaction's end."""
+    connection.execute(_LOCK)
 
 
 def open_run(connection: psycopg.Connection[Any], request: Request) -> Opened | NotOpened:
@@ -155,7 +173,7 @@ def open_run(connection: psycopg.Connection[Any], request: Request) -> Opened | 
     Raises:
         RefusedError: `as_of` lies in the future and the run is not dry.
     """
-    connection.execute(_LOCK)
+    lock_door(connection)
     situation = connection.execute(_SITUATION, {"slot": request.slot, "dry_run": request.dry_run})
     enabled, all_dry, now, slot_taken = one(situation)
     if not enabled:
@@ -173,13 +191,16 @@ def open_run(connection: psycopg.Connection[Any], request: Request) -> Opened | 
                 scan,
                 {
                     "run_id": uuid4(),
+                    "kind": "refresh",
                     "source": request.source,
                     "dry_run": dry_run,
                     "as_of": request.as_of,
                     "slot": request.slot,
+                    "selection": Jsonb({"due": True}),
                     "reason": SCHEDULED if scheduled else request.reason,
                     "requested_by": request.requested_by,
                     "batch_size": request.batch_size,
+                    "even_empty": True,
                 },
             )
         )
@@ -207,6 +228,7 @@ class Finished:
     """A run that has just ended, with its totals. Seconds run from the scan to the last commit."""
 
     run_id: UUID
+    kind: str
     status: str
     dry_run: bool
     users_selected: int
@@ -255,8 +277,9 @@ FROM (
 ) AS t
 WHERE r.id = t.run_id AND r.status = 'running'
     AND NOT EXISTS (SELECT FROM credit_refresh_batches AS b WHERE b.run_id = r.id AND b.status = 'pending')
-RETURNING r.id AS run_id, r.status, r.dry_run, r.users_selected, r.users_refreshed, r.users_held, r.users_skipped,
-    r.users_failed, r.credits_granted, extract(epoch FROM r.finished_at - r.started_at)::float AS seconds
+RETURNING r.id AS run_id, r.kind, r.status, r.dry_run, r.users_selected, r.users_refreshed, r.users_held,
+    r.users_skipped, r.users_failed, r.credits_granted,
+    extract(epoch FROM r.finished_at - r.started_at)::float AS seconds
 """
 
 
@@ -282,6 +305,7 @@ class Progress:
     """How far a run has come. Totals are those of its closed batches until it has finished."""
 
     run_id: UUID
+    kind: str
     source: str
     status: str
     dry_run: bool
@@ -306,7 +330,7 @@ class Progress:
 # A query over the batches, because a counter that each batch updates would make the workers queue for its row.
 _PROGRESS = """
 SELECT
-    r.id AS run_id, r.source, r.status, r.dry_run, r.slot, r.users_selected,
+    r.id AS run_id, r.kind, r.source, r.status, r.dry_run, r.slot, r.users_selected,
     coalesce(sum(t.done), 0)::bigint AS users_done,
     coalesce(sum(b.users_refreshed), 0)::bigint AS users_refreshed,
     coalesce(sum(b.users_held), 0)::bigint AS users_held,

@@ -54,4 +54,5 @@ def _refresh(connection: psycopg.Connection[Any], batch_id: int, statement: str)
 def log_finished(finished: Iterable[runs.Finished]) -> None:
     """Say of each run that it ended, and how."""
     for run in finished:
-        log.info(f"{logs.PREFIX} Batch refresh completed", **run.facts())
+        what = "Users moved to their plan's grid" if run.kind == "regrid" else "Batch refresh completed"
+        log.info(f"{logs.PREFIX} {what}", **run.facts())

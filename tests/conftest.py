@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 
 import embedded
@@ -16,6 +17,9 @@ from tests.cluster import Cluster
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+# `make test-long`: pytest --hypothesis-profile=long
+hypothesis.settings.register_profile("long", max_examples=200_000, deadline=None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

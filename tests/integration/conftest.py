@@ -8,11 +8,13 @@ import psycopg
 import pytest
 from psycopg.rows import dict_row
 
+from tests.integration.command import Cli
 from tests.integration.world import World
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import embedded
     from db import Database
 
 
@@ -24,3 +26,8 @@ def world(database: Database) -> Iterator[World]:
         dsn, autocommit=True, row_factory=dict_row, options="-c search_path=credits -c timezone=UTC"
     ) as sql:
         yield World(database, sql)
+
+
+@pytest.fixture
+def cli(database_url: str, servers: embedded.Servers) -> Cli:
+    return Cli(database_url, servers.redis_url)

@@ -3,47 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-import settings
+from tests.integration.command import refused
 
 if TYPE_CHECKING:
-    import embedded
     from tests.cluster import Cluster
+    from tests.integration.command import Cli
     from tests.integration.world import World
-
-CREDITS = Path(sys.executable).parent / "credits"
-
-
-class Cli:
-    """Runs `credits` against this test's servers."""
-
-    def __init__(self, database_url: str, redis_url: str) -> None:
-        self._environment = settings.environment(DATABASE_URL=database_url, REDIS_URL=redis_url, COLUMNS="200")
-
-    def __call__(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [CREDITS, *arguments],
-            capture_output=True, text=True, check=False, timeout=60, env={**self._environment, **variables},
-        )  # fmt: skip
-
-
-@pytest.fixture
-def cli(database_url: str, servers: embedded.Servers) -> Cli:
-    return Cli(database_url, servers.redis_url)
-
-
-def refused(done: subprocess.CompletedProcess[str], code: int, says: str) -> None:
-    """One clear line at the end of stderr, no traceback, nothing on stdout."""
-    assert done.returncode == code, done
-    assert says in done.stderr.splitlines()[-1], done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
 
 
 def test_a_scan_tells_its_run(world: World, cli: Cli) -> None:
@@ -126,5 +95,7 @@ def test_tables_that_differ_from_the_release_are_reported(world: World, cli: Cli
 def test_help_teaches(cli: Cli) -> None:
     done = cli("--help")
     assert done.returncode == 0
-    for word in ("scan", "users", "demo", "up", "pause", "resume", "db", "Exit codes"):
+    for word in (
+        "scan", "users", "plans", "why", "hold", "release", "demo", "up", "pause", "resume", "db", "Exit codes"
+    ):  # fmt: skip
         assert word in done.stdout

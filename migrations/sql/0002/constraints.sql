@@ -19,6 +19,11 @@ ALTER TABLE {schema}.plans
     ADD CONSTRAINT ck_plans_time_of_day CHECK (time_of_day < '24:00'),
     ADD CONSTRAINT fk_plans_timezone_timezones FOREIGN KEY (timezone) REFERENCES {schema}.timezones (name);
 
+-- A plan's users move to its new grid by a run of their own.
+ALTER TABLE {schema}.credit_refresh_runs
+    DROP CONSTRAINT ck_credit_refresh_runs_kind,
+    ADD CONSTRAINT ck_credit_refresh_runs_kind CHECK (kind IN ('refresh', 'apply', 'rollback', 'retry', 'regrid'));
+
 ALTER TABLE {schema}.users
     DROP CONSTRAINT ck_users_credit_refresh_day,
     ADD CONSTRAINT ck_users_credit_refresh_day CHECK (credit_refresh_day BETWEEN 1 AND 31),

@@ -15,4 +15,9 @@ ALTER TABLE {schema}.plans
     ADD CONSTRAINT ck_plans_grant_mode CHECK (grant_mode IN ('fill')),
     ADD CONSTRAINT ck_plans_cadence CHECK (cadence IN ('rolling', 'external'));
 
+-- Not valid for the runs that are over: they are the log of what was done.
+ALTER TABLE {schema}.credit_refresh_runs
+    DROP CONSTRAINT ck_credit_refresh_runs_kind,
+    ADD CONSTRAINT ck_credit_refresh_runs_kind CHECK (kind IN ('refresh', 'apply', 'rollback', 'retry')) NOT VALID;
+
 DROP TABLE {schema}.timezones;

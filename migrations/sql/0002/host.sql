@@ -5,6 +5,14 @@ CREATE TYPE {schema}.granted AS (
     verdict text, credits_added bigint, next_refresh_at timestamptz, newly_held boolean
 );
 
+-- The end of the last window that was granted to a user and not taken back.
+CREATE FUNCTION {schema}.granted_until(of_user bigint) RETURNS timestamptz
+LANGUAGE sql STABLE SECURITY DEFINER SET search_path = {schema}, pg_temp AS $$
+    SELECT h.window_end FROM credit_refresh_histories AS h
+    WHERE h.user_id = of_user AND h.status = 'refreshed' AND h.reversed_by_run_id IS NULL
+    ORDER BY h.window_start DESC LIMIT 1
+$$;
+
 -- Decides over one user, whom the caller has locked, and writes the history and audit rows of the grant; what becomes
 -- of the users row is the caller's to write. NULL credits mean that nothing was granted.
 CREATE FUNCTION {schema}.grant_window(u {schema}.users, source text, actor text) RETURNS {schema}.granted
@@ -41,11 +49,12 @@ BEGIN
         u.credit_balance + CASE d.verdict WHEN 'due' THEN d.credits_added ELSE 0 END,
         u.next_refresh_at, u.last_credit_refresh, grant_window.source
     ) ON CONFLICT DO NOTHING;
-    IF d.verdict = 'due' THEN
+    IF d.verdict = 'due' AND FOUND THEN
         granted.next_refresh_at := d.window_end;
-        IF FOUND THEN
-            granted.credits_added := d.credits_added;
-        END IF;
+        granted.credits_added := d.credits_added;
+    ELSIF d.verdict = 'due' THEN
+        -- Refused by the key: to the end of what was granted, which another plan may have given another length.
+        granted.next_refresh_at := greatest(d.window_end, granted_until(u.id));
     ELSIF NOT FOUND THEN
         RETURN granted;
     END IF;
@@ -85,6 +94,9 @@ BEGIN
 END
 $$;
 
+-- They write for whoever calls them, and believe what they are told: only the functions and triggers here may.
+REVOKE ALL ON FUNCTION {schema}.grant_window, {schema}.refresh_user FROM PUBLIC;
+
 -- {"refreshed", "verdict", "creditsAdded", "creditBalance", "nextRefreshAt"} of one user. Raises no_data_found for an
 -- unknown id.
 CREATE FUNCTION {schema}.refresh_credits_if_due(external_id text) RETURNS jsonb
@@ -108,13 +120,15 @@ END
 $$;
 
 -- Refreshes up to `max` due users, most overdue first, and leaves out whom somebody else has locked.
--- {"success", "refreshed", "creditsGranted", "held", "more", "at"}; "more" says that a further call may find some.
+-- {"success", "refreshed", "creditsGranted", "held", "more", "at"}; "more" says that a further call may find some, and
+-- never that it would only meet once more those whose balance does not fit.
 CREATE FUNCTION {schema}.refresh_due(max integer DEFAULT 1000) RETURNS jsonb
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = {schema}, pg_temp AS $$
 DECLARE
     due_id bigint;
     granted granted;
     looked integer := 0;
+    done integer := 0;
     refreshed integer := 0;
     held integer := 0;
     credits numeric := 0;
@@ -132,25 +146,31 @@ BEGIN
         LOOP
             granted := refresh_user(due_id, 'function', session_user);
             looked := looked + 1;
+            done := done + (granted.verdict <> 'overflow')::integer;
             refreshed := refreshed + (granted.credits_added IS NOT NULL)::integer;
             held := held + granted.newly_held::integer;
             credits := credits + coalesce(granted.credits_added, 0);
         END LOOP;
     END IF;
     RETURN jsonb_build_object(
-        'success', enabled, 'refreshed', refreshed, 'creditsGranted', credits, 'held', held, 'more', looked = max,
-        'at', now()
+        'success', enabled, 'refreshed', refreshed, 'creditsGranted', credits, 'held', held,
+        'more', coalesce(looked = max AND done > 0, false), 'at', now()
     );
 END
 $$;
 
 -- A user whom the host inserts without a balance. BEFORE makes the row whole and marks it, AFTER grants: an upsert that
--- meets an existing user runs the first and never the second, so that it grants nothing.
+-- meets an existing user runs the first and never the second, so that it grants nothing. It finds that user's own
+-- balance in EXCLUDED, and copies no zero. The mark is a held_window that no clock has shown, and one that every driver
+-- can read: RETURNING sees the row before the grant.
 CREATE FUNCTION {schema}.prepare_new_user() RETURNS trigger
-LANGUAGE plpgsql SET search_path = {schema}, pg_temp AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = {schema}, pg_temp AS $$
 BEGIN
-    new.credit_balance := 0;
-    new.last_credit_refresh := '-infinity';
+    SELECT credit_balance INTO new.credit_balance FROM users WHERE external_id = new.external_id;
+    IF NOT FOUND THEN
+        new.credit_balance := 0;
+        new.held_window := '1000-01-01 00:00+00';
+    END IF;
     RETURN new;
 END
 $$;
@@ -159,7 +179,7 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = {schema}, pg_temp AS $$
 BEGIN
     -- Without a plan there is no window yet; it begins when the plan comes (keep_to_grid).
     UPDATE users SET
-        last_credit_refresh = NULL,
+        held_window = NULL,
         next_refresh_at = coalesce(next_refresh_at, CASE WHEN EXISTS (
             SELECT FROM plans WHERE code = users.plan_code AND cadence <> 'external'
         ) THEN now() END)
@@ -171,15 +191,7 @@ $$;
 CREATE TRIGGER prepare_new_user BEFORE INSERT ON {schema}.users
     FOR EACH ROW WHEN (new.credit_balance IS NULL) EXECUTE FUNCTION {schema}.prepare_new_user();
 CREATE TRIGGER grant_new_user AFTER INSERT ON {schema}.users
-    FOR EACH ROW WHEN (new.last_credit_refresh = '-infinity') EXECUTE FUNCTION {schema}.grant_new_user();
-
--- The end of the last window that was granted to a user and not taken back.
-CREATE FUNCTION {schema}.granted_until(of_user bigint) RETURNS timestamptz
-LANGUAGE sql STABLE SECURITY DEFINER SET search_path = {schema}, pg_temp AS $$
-    SELECT h.window_end FROM credit_refresh_histories AS h
-    WHERE h.user_id = of_user AND h.status = 'refreshed' AND h.reversed_by_run_id IS NULL
-    ORDER BY h.window_start DESC LIMIT 1
-$$;
+    FOR EACH ROW WHEN (new.held_window = '1000-01-01 00:00+00') EXECUTE FUNCTION {schema}.grant_new_user();
 
 -- The first boundary at or after `since` of the grid that a user has under a plan; NULL where there is no grid. A
 -- rolling grid begins wherever it is told to.
@@ -204,17 +216,21 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = {schema}, pg_temp AS $$
 DECLARE
     p plans;
     since timestamptz;
+    first_window boolean := false;
 BEGIN
-    IF new.next_refresh_at IS NOT DISTINCT FROM old.next_refresh_at THEN
-        SELECT * INTO p FROM plans WHERE code = new.plan_code;
+    SELECT * INTO p FROM plans WHERE code = new.plan_code;
+    -- Without a plan, there is no other grid to move to.
+    IF p.code IS NOT NULL AND new.next_refresh_at IS NOT DISTINCT FROM old.next_refresh_at THEN
         since := old.next_refresh_at;
         -- No window is running: the user comes from no plan at all, or from one whose windows came from elsewhere.
         IF since IS NULL AND (old.plan_code IS NULL OR EXISTS (
             SELECT FROM plans WHERE code = old.plan_code AND cadence = 'external'
         )) THEN
             since := greatest(now(), granted_until(old.id));
+            -- A first plan begins the first window there and then, as at an insert.
+            first_window := old.plan_code IS NULL AND p.cadence <> 'external' AND granted_until(old.id) IS NULL;
         END IF;
-        new.next_refresh_at := CASE WHEN p.code IS NULL THEN since ELSE first_boundary(
+        new.next_refresh_at := CASE WHEN first_window THEN since ELSE first_boundary(
             CASE WHEN p.cadence = 'rolling' AND new.credit_refresh_day IS NOT NULL THEN 'monthly' ELSE p.cadence END,
             coalesce(new.credit_refresh_day, p.day_of_month), coalesce(p.time_of_day, '00:00'),
             coalesce(new.timezone, p.timezone), since
@@ -238,25 +254,32 @@ CREATE TRIGGER keep_granted_windows BEFORE UPDATE OF next_refresh_at ON {schema}
         AND new.next_refresh_at IS NOT NULL AND old.last_credit_refresh IS NOT NULL))
     EXECUTE FUNCTION {schema}.keep_to_grid();
 
--- Who set and ended a hold, whichever way it was done. A command says who asks in credits.actor.
+-- Who set, changed and ended a hold, whichever way it was done. A command says who asks in credits.actor.
 CREATE FUNCTION {schema}.audit_hold() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = {schema}, pg_temp AS $$
 BEGIN
     INSERT INTO credit_audit_logs (actor, action, user_id, balance_before, balance_after, credits, detail)
     VALUES (
         coalesce(nullif(current_setting('credits.actor', true), ''), session_user),
-        CASE WHEN new.credit_refresh_hold THEN 'hold_set'
+        CASE WHEN new.credit_refresh_hold AND old.credit_refresh_hold AND (old.hold_until <= now()) IS NOT TRUE
+            THEN 'hold_changed'
+            WHEN new.credit_refresh_hold THEN 'hold_set'
             WHEN old.hold_until <= now() THEN 'hold_expired'
             ELSE 'hold_released' END,
         new.id, new.credit_balance, new.credit_balance, 0,
-        jsonb_build_object('reason', coalesce(new.hold_reason, old.hold_reason),
-            'until', coalesce(new.hold_until, old.hold_until))
+        -- What holds from now on, or what has ended.
+        CASE WHEN new.credit_refresh_hold THEN jsonb_build_object('reason', new.hold_reason, 'until', new.hold_until)
+            ELSE jsonb_build_object('reason', old.hold_reason, 'until', old.hold_until) END
     );
     RETURN NULL;
 END
 $$;
-CREATE TRIGGER audit_hold AFTER UPDATE OF credit_refresh_hold ON {schema}.users
-    FOR EACH ROW WHEN (old.credit_refresh_hold <> new.credit_refresh_hold) EXECUTE FUNCTION {schema}.audit_hold();
+-- Not OF these columns: PostgreSQL looks for those in the statement, and refresh_on_spend ends a hold behind its back.
+CREATE TRIGGER audit_hold AFTER UPDATE ON {schema}.users
+    FOR EACH ROW WHEN (
+        old.credit_refresh_hold <> new.credit_refresh_hold OR new.credit_refresh_hold
+            AND (old.hold_reason, old.hold_until) IS DISTINCT FROM (new.hold_reason, new.hold_until)
+    ) EXECUTE FUNCTION {schema}.audit_hold();
 CREATE TRIGGER audit_new_hold AFTER INSERT ON {schema}.users
     FOR EACH ROW WHEN (new.credit_refresh_hold) EXECUTE FUNCTION {schema}.audit_hold();
 
@@ -266,8 +289,12 @@ CREATE TRIGGER audit_new_hold AFTER INSERT ON {schema}.users
 CREATE FUNCTION {schema}.refresh_on_spend() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = {schema}, pg_temp AS $$
 DECLARE
-    granted granted := grant_window(old, 'trigger', session_user);
+    u users := new;
+    granted granted;
 BEGIN
+    -- The user as the host's UPDATE leaves them, but for the spend: it may set a hold in the same breath.
+    u.credit_balance := old.credit_balance;
+    granted := grant_window(u, 'trigger', session_user);
     IF granted.newly_held THEN
         new.held_window := old.next_refresh_at;
     ELSIF granted.verdict = 'due' AND granted.next_refresh_at IS DISTINCT FROM old.next_refresh_at THEN
@@ -286,14 +313,22 @@ END
 $$;
 
 -- Every user as if the refresh that is due had already happened; nothing is written. `used` is what is gone of the
--- amount. A window that was granted already is not shown twice, and while paused nothing is shown that will not come.
+-- amount, NULL where that does not fit. A window that was granted already is not shown twice, and while paused, or while
+-- every run is dry, nothing is shown that will not come.
 CREATE VIEW {schema}.user_credits_now AS
 SELECT
-    u.id, u.external_id, u.plan_code, d.verdict,
-    CASE WHEN g.comes THEN u.credit_balance + d.credits_added ELSE u.credit_balance END AS credit_balance,
-    CASE WHEN d.verdict = 'due' AND s.enabled THEN d.window_end ELSE u.next_refresh_at END AS next_refresh_at,
+    u.id, u.external_id, u.plan_code, d.verdict, b.credit_balance,
+    CASE
+        WHEN g.comes THEN d.window_end
+        WHEN g.moves THEN greatest(d.window_end, (
+            SELECT max(h.window_end) FROM {schema}.credit_refresh_histories AS h
+            WHERE h.user_id = u.id AND h.status = 'refreshed' AND h.reversed_by_run_id IS NULL
+        ))
+        ELSE u.next_refresh_at
+    END AS next_refresh_at,
     d.target AS amount,
-    d.target - CASE WHEN g.comes THEN u.credit_balance + d.credits_added ELSE u.credit_balance END AS used
+    -- The amount is positive, so that neither side can overflow.
+    CASE WHEN b.credit_balance >= d.target - 9223372036854775807 THEN d.target - b.credit_balance END AS used
 FROM {schema}.users AS u
 CROSS JOIN {schema}.settings AS s
 LEFT JOIN {schema}.plans AS p ON p.code = u.plan_code
@@ -304,9 +339,13 @@ CROSS JOIN LATERAL {schema}.decide(
     p.rollover_cap
 ) AS d
 CROSS JOIN LATERAL (
-    SELECT d.verdict = 'due' AND s.enabled AND NOT EXISTS (
+    SELECT m.moves, m.moves AND NOT EXISTS (
         SELECT FROM {schema}.credit_refresh_histories AS h
         WHERE h.user_id = u.id AND h.window_start = d.window_start AND h.status = 'refreshed'
             AND h.reversed_by_run_id IS NULL
     ) AS comes
-) AS g;
+    FROM (SELECT d.verdict = 'due' AND s.enabled AND NOT s.dry_run AS moves) AS m
+) AS g
+CROSS JOIN LATERAL (
+    SELECT CASE WHEN g.comes THEN u.credit_balance + d.credits_added ELSE u.credit_balance END AS credit_balance
+) AS b;

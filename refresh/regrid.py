@@ -1,0 +1,164 @@
+"""The regrid: a plan's users move to the grid that the plan has now, in batches that can be watched like any others.
+
+    open: the users whose date would move → batches      (the door of runs.py)
+    per batch, one statement: lock → first boundary at or after the present window's end → users, audit → close
+
+Nothing is granted and no date moves back: until a user's batch is done they are on the old date, which is never earlier
+than the end of the last window granted. Doing a batch twice, or after another change of the plan, moves users to where
+the plan says then. A single user's plan, day or zone is the trigger keep_to_grid's business, under the same rule.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from psycopg.rows import class_row
+from psycopg.types.json import Jsonb
+
+from db import one
+from refresh import runs
+from refresh.closing import CLOSE, DEFER, LOCK_SKIPPING, LOCK_WAITING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import psycopg
+
+# A user's own day makes a rolling plan monthly for them; without one, a rolling grid begins wherever the present window
+# ends, and nobody moves.
+_BOUNDARY = """
+CASE WHEN p.cadence = 'rolling' AND u.credit_refresh_day IS NULL THEN {since} ELSE first_boundary(
+    CASE p.cadence WHEN 'rolling' THEN 'monthly' ELSE p.cadence END,
+    coalesce(u.credit_refresh_day, p.day_of_month), coalesce(p.time_of_day, '00:00'),
+    coalesce(u.timezone, p.timezone), {since}
+) END
+"""
+
+# The plan comes as parameters, so that the same question can be asked before the plan is saved. A user without a date
+# has one again when the plan leaves `external`; otherwise they are unscheduled, and stay so.
+_MOVING = """
+selected AS (
+    SELECT u.id
+    FROM users AS u
+    CROSS JOIN (
+        SELECT
+            %(cadence)s::text AS cadence, %(day_of_month)s::smallint AS day_of_month,
+            %(time_of_day)s::time AS time_of_day, %(timezone)s::text AS timezone
+    ) AS p
+    WHERE u.plan_code = %(code)s AND CASE
+        WHEN u.next_refresh_at IS NULL THEN %(leaves_external)s
+        ELSE {boundary} IS DISTINCT FROM u.next_refresh_at
+    END
+)
+"""
+_SELECTED = _MOVING.format(boundary=_BOUNDARY.format(since="u.next_refresh_at"))
+_COUNT = f"WITH {_SELECTED} SELECT count(*) FROM selected"  # noqa: S608 - texts of this module alone
+_OPEN = runs.opening(_SELECTED)
+
+_MOVE = """
+WITH batch AS MATERIALIZED (
+    SELECT
+        b.id, b.run_id, b.seq, b.user_ids, b.attempts, r.requested_by, r.selection ->> 'plan' AS plan_code,
+        (r.selection ->> 'leavesExternal')::boolean AS leaves_external
+    FROM credit_refresh_batches AS b
+    JOIN credit_refresh_runs AS r ON r.id = b.run_id
+    WHERE b.id = %(batch_id)s AND b.status = 'pending' AND r.status = 'running' AND r.kind = 'regrid'
+        AND (SELECT enabled FROM settings)
+    FOR UPDATE OF b SKIP LOCKED
+),
+locked AS MATERIALIZED (
+    SELECT u.id, u.plan_code, u.next_refresh_at, u.credit_refresh_day, u.timezone
+    FROM users AS u
+    WHERE u.id = ANY ((SELECT user_ids FROM batch)::bigint[])
+    {lock}
+),
+-- Whoever has left the plan meanwhile is on their new plan's grid already.
+bounds AS MATERIALIZED (
+    SELECT u.id, {boundary} AS next_refresh_at
+    FROM batch AS b
+    JOIN plans AS p ON p.code = b.plan_code
+    JOIN locked AS u ON u.plan_code = p.code
+    CROSS JOIN LATERAL (
+        SELECT CASE
+            WHEN u.next_refresh_at IS NULL AND b.leaves_external THEN greatest(now(), granted_until(u.id))
+            ELSE u.next_refresh_at
+        END AS since
+    ) AS s
+),
+moved AS (
+    UPDATE users AS u SET next_refresh_at = n.next_refresh_at, updated_at = now()
+    FROM bounds AS n
+    WHERE u.id = n.id AND u.next_refresh_at IS DISTINCT FROM n.next_refresh_at
+    RETURNING u.id
+),
+audit AS (
+    INSERT INTO credit_audit_logs (actor, action, run_id, credits, detail)
+    SELECT
+        b.requested_by, 'regridded', b.run_id, 0,
+        jsonb_build_object(
+            'batch_id', b.id, 'plan', b.plan_code, 'users_moved', (SELECT count(*) FROM moved)
+        )
+    FROM batch AS b
+),
+"""
+_COUNTS = """
+counts AS (
+    SELECT
+        m.moved AS refreshed, 0 AS held, 0 AS failed, cardinality(b.user_ids) - m.moved - d.users AS skipped,
+        d.users AS deferred, 0 AS credits
+    FROM batch AS b
+    CROSS JOIN (SELECT count(*) AS moved FROM moved) AS m
+    CROSS JOIN (SELECT coalesce(sum(users), 0) AS users FROM deferred) AS d
+)
+"""
+_MOVED = _BOUNDARY.format(since="s.since")
+REGRID_MANY = _MOVE.format(boundary=_MOVED, lock=LOCK_SKIPPING) + DEFER + _COUNTS + CLOSE
+REGRID_ONE = _MOVE.format(boundary=_MOVED, lock=LOCK_WAITING) + DEFER + _COUNTS + CLOSE
+
+
+def count_moved(connection: psycopg.Connection[Any], plan: Mapping[str, Any], *, leaves_external: bool) -> int:
+    """How many users would move if the plan were as `plan` says."""
+    (users,) = one(connection.execute(_COUNT, {**plan, "leaves_external": leaves_external}))
+    return int(users)
+
+
+def open_regrid(
+    connection: psycopg.Connection[Any],
+    plan: Mapping[str, Any],
+    *,
+    leaves_external: bool,
+    requested_by: str,
+    batch_size: int,
+) -> runs.Opened | None:
+    """Open the run that moves a plan's users to its grid, in the transaction that saves the plan.
+
+    It opens while the service is paused, too, and waits: `credits resume` lets it go on.
+
+    Args:
+        connection: in a transaction that holds the door (`runs.lock_door()`).
+        plan: the plan's values as they are saved, by the names of the columns.
+        leaves_external: whether its users had no dates until now.
+        requested_by: who asks; the actor of the audit rows.
+        batch_size: users in a transaction.
+
+    Returns:
+        The run; None when nobody moves.
+    """
+    parameters = {
+        **plan,
+        "run_id": uuid4(),
+        "kind": "regrid",
+        "source": "cli",
+        "dry_run": False,
+        "as_of": None,
+        "slot": None,
+        "selection": Jsonb({"plan": plan["code"], "leavesExternal": leaves_external}),
+        "reason": f"plan {plan['code']} changed",
+        "requested_by": requested_by,
+        "batch_size": batch_size,
+        "leaves_external": leaves_external,
+        "even_empty": False,
+    }
+    with connection.cursor(row_factory=class_row(runs.Opened)) as cursor:
+        return cursor.execute(_OPEN, parameters).fetchone()

@@ -1,0 +1,45 @@
+"""The `credits` command as people run it: a process, its answer, its errors and its exit code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import settings
+
+CREDITS = Path(sys.executable).parent / "credits"
+
+
+class Cli:
+    """Runs `credits` against this test's servers."""
+
+    def __init__(self, database_url: str, redis_url: str) -> None:
+        self.environment = settings.environment(DATABASE_URL=database_url, REDIS_URL=redis_url, COLUMNS="200")
+
+    def __call__(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [CREDITS, *arguments],
+            capture_output=True, text=True, check=False, timeout=60, stdin=subprocess.DEVNULL,
+            env={**self.environment, **variables},
+        )  # fmt: skip
+
+    def says(self, *arguments: str) -> str:
+        """The answer of a command that succeeds."""
+        done = self(*arguments)
+        assert done.returncode == 0, done
+        return done.stdout
+
+    def facts(self, *arguments: str) -> Any:
+        """The answer in JSON of a command that succeeds."""
+        return json.loads(self.says(*arguments, "--json"))
+
+
+def refused(done: subprocess.CompletedProcess[str], code: int, says: str) -> None:
+    """One clear line at the end of stderr, no traceback, nothing on stdout."""
+    assert done.returncode == code, done
+    assert says in done.stderr.splitlines()[-1], done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
