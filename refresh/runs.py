@@ -14,7 +14,6 @@ from uuid import UUID, uuid4
 from psycopg.rows import class_row
 
 from db import one
-from models.history import SCHEDULED
 from refresh.schedule import slot_at
 
 if TYPE_CHECKING:
@@ -22,6 +21,9 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     import psycopg
+
+SCHEDULED = "scheduled"
+"""The reason that beat's runs carry. The unique index over planned windows names it (models/history.py)."""
 
 OPENING_LOCK_TIMEOUT = timedelta(minutes=5)
 """How long one opening waits for another. Cutting a million users into batches takes about a second."""

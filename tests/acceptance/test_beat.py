@@ -55,6 +55,7 @@ def test_beat_opens_a_run_in_each_slot_and_goes_on_after_it_was_killed(
 
     assert_one_run_a_slot(ledger)
     (run_id,) = ledger.runs_with_users()
+    service.until_finished(run_id)
     ledger.assert_all_granted_once(run_id)
     assert list(tmp_path.glob("celerybeat-schedule*"))
     assert (tmp_path / "beat.heartbeat").exists()

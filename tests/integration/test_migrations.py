@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 import psycopg
 import pytest
 from alembic import command
+from alembic.config import Config
+from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy.exc import OperationalError
 
 from cli.database import alembic, migrate
-from db import Database, DatabaseError
+from db import ALEMBIC_INI, REVISION, Database, DatabaseError
 from refresh.partitions import ensure_partitions
 
 if TYPE_CHECKING:
@@ -111,6 +113,10 @@ def test_a_migration_that_meets_a_lock_gives_up_instead_of_blocking_everybody(wo
 def test_a_database_that_is_not_migrated_is_refused_in_one_line(empty: Database) -> None:
     with pytest.raises(DatabaseError, match=r"run `credits db upgrade` first"):
         empty.require_migrated()
+
+
+def test_the_code_names_the_newest_migration() -> None:
+    assert ScriptDirectory.from_config(Config(ALEMBIC_INI)).get_current_head() == REVISION
 
 
 def test_a_database_of_another_release_is_refused_in_one_line(world: World) -> None:
