@@ -56,6 +56,7 @@ def _line(error: Exception) -> click.ClickException | None:
     """What people read instead of a traceback; None for an error that is ours to mend."""
     # Imported here, where the command has them loaded already: `credits --help` has no use for them.
     import psycopg  # noqa: PLC0415
+    from sqlalchemy.exc import DBAPIError  # noqa: PLC0415
 
     from db import DatabaseError, one_line  # noqa: PLC0415
     from embedded import EmbeddedError  # noqa: PLC0415
@@ -68,7 +69,7 @@ def _line(error: Exception) -> click.ClickException | None:
         return _Failed(str(error))
     if isinstance(error, psycopg.errors.LockNotAvailable):
         return _Failed(f"{one_line(error)}: another session holds the lock; try again")
-    if isinstance(error, psycopg.Error):
+    if isinstance(error, psycopg.Error | DBAPIError):
         return _Failed(f"The database refused: {one_line(error)}")
     return None
 

@@ -23,8 +23,11 @@ from psycopg.rows import class_row
 if TYPE_CHECKING:
     import psycopg
 
-DEFERRED_RETRY_SECONDS = 5
-"""How soon users whom somebody else had locked are tried again; upkeep's pace is what they really wait for."""
+DEFERRED_BACKOFF_SECONDS = 5
+"""How soon users whom somebody else had locked are tried again, twice as late each time; upkeep's pace comes on top."""
+FEW_USERS = 10
+"""Up to so many, users who are locked twice in a row get a batch each. A host that locks a million gets no million
+batches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +105,15 @@ moved AS (
     UPDATE users AS u SET
         credit_balance = u.credit_balance + coalesce(h.credits_added, 0),
         last_credit_refresh = CASE WHEN h.status = 'refreshed' THEN now() ELSE u.last_credit_refresh END,
-        next_refresh_at = CASE WHEN d.newly_held THEN u.next_refresh_at ELSE d.window_end END,
+        next_refresh_at = CASE
+            WHEN d.newly_held THEN u.next_refresh_at
+            WHEN h.status IS NOT NULL THEN d.window_end
+            -- Refused by the key: to the end of what was granted, which another plan may have given another length.
+            ELSE greatest(d.window_end, (
+                SELECT max(g.window_end) FROM credit_refresh_histories AS g
+                WHERE g.user_id = u.id AND g.status = 'refreshed' AND g.reversed_by_run_id IS NULL
+            ))
+        END,
         held_window = CASE WHEN d.newly_held THEN u.next_refresh_at END,
         -- A grant ends the hold that had run out.
         credit_refresh_hold = d.newly_held,
@@ -130,15 +141,23 @@ audit AS (
     LEFT JOIN history AS h ON h.user_id = d.user_id
     WHERE d.verdict = 'due' OR h.user_id IS NOT NULL
 ),
+-- Users of the batch who were not locked: somebody else has them, or the host has deleted them since the scan. The
+-- usual batch has none and does not look.
+missed AS MATERIALIZED (
+    SELECT id, EXISTS (SELECT FROM users AS u WHERE u.id = m.id) AS is_there
+    FROM unnest((SELECT user_ids FROM batch)) AS m (id)
+    WHERE (SELECT count(*) FROM locked) < (SELECT cardinality(user_ids) FROM batch)
+        AND NOT EXISTS (SELECT FROM locked AS l WHERE l.id = m.id)
+),
+-- The few who are missed again get a batch each, which waits its turn.
 deferred AS (
     INSERT INTO credit_refresh_batches (run_id, seq, user_ids, attempts, next_attempt_at)
-    SELECT b.run_id, b.seq, array_agg(u.id), b.attempts + 1, now() + make_interval(secs => %(deferred_seconds)s)
-    FROM batch AS b
-    JOIN users AS u ON u.id = ANY (b.user_ids)
-    -- The usual batch has nobody to defer and does not look.
-    WHERE (SELECT count(*) FROM locked) < (SELECT cardinality(user_ids) FROM batch)
-        AND NOT EXISTS (SELECT FROM locked AS l WHERE l.id = u.id)
-    GROUP BY b.run_id, b.seq, b.attempts
+    SELECT b.run_id, b.seq, array_agg(m.id), b.attempts + 1,
+        now() + make_interval(secs => %(backoff_seconds)s * 2 ^ least(b.attempts, 8))
+    FROM batch AS b CROSS JOIN missed AS m
+    WHERE m.is_there
+    GROUP BY b.run_id, b.seq, b.attempts,
+        CASE WHEN b.attempts > 0 AND cardinality(b.user_ids) <= %(few)s THEN m.id END
     RETURNING cardinality(user_ids) AS users
 ),
 counts AS (
@@ -149,10 +168,10 @@ counts AS (
         -- Not due any more, without a plan, inactive, refused by the key; or deleted by the host since the scan.
         (SELECT count(*) FROM decided WHERE verdict NOT IN ('due', 'held', 'overflow'))
             + (SELECT count(*) FROM moved WHERE verdict = 'due' AND status IS NULL)
-            + b_size.users - (SELECT count(*) FROM locked) - coalesce((SELECT users FROM deferred), 0) AS skipped,
-        coalesce((SELECT users FROM deferred), 0) AS deferred,
-        coalesce((SELECT sum(credits_added) FROM history), 0) AS credits
-    FROM (SELECT cardinality(user_ids) AS users FROM batch) AS b_size
+            + (SELECT count(*) FROM missed WHERE NOT is_there) AS skipped,
+        coalesce((SELECT sum(users) FROM deferred), 0) AS deferred,
+        -- A statistic, where two grants of nearly 2^63 must not fail the batch.
+        least(coalesce((SELECT sum(credits_added) FROM history), 0), 9223372036854775807) AS credits
 )
 """
 
@@ -181,7 +200,7 @@ counts AS (
         cardinality(b.user_ids) - (SELECT count(*) FROM history)
             - (SELECT count(*) FROM decided WHERE verdict IN ('held', 'overflow')) AS skipped,
         0 AS deferred,
-        coalesce((SELECT sum(credits_added) FROM history), 0) AS credits
+        least(coalesce((SELECT sum(credits_added) FROM history), 0), 9223372036854775807) AS credits
     FROM batch AS b
 ),
 audit AS (
@@ -242,7 +261,7 @@ def refresh_batch(connection: psycopg.Connection[Any], batch_id: int, statement:
     """
     parameters: dict[str, int] = {"batch_id": batch_id}
     if statement is not PLAN:
-        parameters["deferred_seconds"] = DEFERRED_RETRY_SECONDS
+        parameters |= {"backoff_seconds": DEFERRED_BACKOFF_SECONDS, "few": FEW_USERS}
     with connection.cursor(row_factory=class_row(Outcome)) as cursor:
         return cursor.execute(statement, parameters, prepare=True).fetchone()
 

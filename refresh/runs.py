@@ -14,6 +14,7 @@ from uuid import UUID, uuid4
 from psycopg.rows import class_row
 
 from db import one
+from refresh.partitions import ensure_partitions
 from refresh.schedule import slot_at
 
 if TYPE_CHECKING:
@@ -93,10 +94,12 @@ _LOCK = "SELECT pg_advisory_xact_lock(hashtextextended(current_schema() || '.ope
 _SITUATION = """
 SELECT
     s.enabled, s.dry_run, now() AS now,
-    EXISTS (
-        SELECT FROM credit_refresh_runs AS r
-        WHERE r.slot = %(slot)s::timestamptz AND r.dry_run = (%(dry_run)s OR s.dry_run)
-    )
+    -- Each in the form of its unique index.
+    CASE
+        WHEN %(dry_run)s OR s.dry_run
+            THEN EXISTS (SELECT FROM credit_refresh_runs WHERE slot = %(slot)s::timestamptz AND dry_run)
+        ELSE EXISTS (SELECT FROM credit_refresh_runs WHERE slot = %(slot)s::timestamptz AND NOT dry_run)
+    END
         AS slot_taken
 FROM settings AS s
 """
@@ -106,12 +109,12 @@ FROM settings AS s
 _TAKEN = """
 SELECT unnest(b.user_ids) AS user_id
 FROM credit_refresh_batches AS b JOIN credit_refresh_runs AS r ON r.id = b.run_id
-WHERE b.status = 'pending' AND NOT r.dry_run
+WHERE b.status = 'pending' AND r.status = 'running' AND NOT r.dry_run
 """
 _PLANNED = """
 SELECT h.user_id
 FROM credit_refresh_histories AS h JOIN users AS u ON u.id = h.user_id
-WHERE h.status = 'planned' AND h.reason = 'scheduled' AND h.window_start >= u.next_refresh_at
+WHERE h.status = 'planned' AND h.reason = 'scheduled' AND h.window_start >= u.next_refresh_at AND h.window_end > now()
 """
 
 # The run's row comes last because it carries the counts; its batches' foreign key is checked at the statement's end.
@@ -167,6 +170,8 @@ def open_run(connection: psycopg.Connection[Any], request: Request) -> Opened | 
     dry_run = request.dry_run or all_dry
     if request.as_of is not None and request.as_of > now and not dry_run:
         raise RefusedError(f"{request.as_of.isoformat()} lies in the future: only a dry run may look ahead")
+    if request.as_of is not None:
+        ensure_partitions(connection, until=request.as_of)
     scheduled = request.slot is not None
     scan = (SCAN_DRY_SCHEDULED if scheduled else SCAN_DRY) if dry_run else SCAN
     with connection.cursor(row_factory=class_row(Opened)) as cursor:
@@ -249,7 +254,9 @@ UPDATE credit_refresh_runs AS r SET
 FROM (
     SELECT
         run_id, count(*) AS batches, sum(users_refreshed) AS refreshed, sum(users_held) AS held,
-        sum(users_skipped) AS skipped, sum(credits_granted) AS credits, min(error) AS error,
+        sum(users_skipped) AS skipped, min(error) AS error,
+        -- A statistic, where two grants of nearly 2^63 must not keep the run from ending.
+        least(sum(credits_granted), 9223372036854775807)::bigint AS credits,
         sum(CASE status WHEN 'failed' THEN cardinality(user_ids) ELSE users_failed END) AS failed
     FROM credit_refresh_batches
     WHERE run_id = ANY (%(run_ids)s)
@@ -314,7 +321,7 @@ SELECT
     coalesce(sum(b.users_held), 0)::bigint AS users_held,
     coalesce(sum(b.users_skipped), 0)::bigint AS users_skipped,
     coalesce(sum(t.failed), 0)::bigint AS users_failed,
-    coalesce(sum(b.credits_granted), 0)::bigint AS credits_granted,
+    least(coalesce(sum(b.credits_granted), 0), 9223372036854775807)::bigint AS credits_granted,
     count(b.id)::integer AS batches_total,
     (count(b.id) FILTER (WHERE b.status <> 'pending'))::integer AS batches_done,
     extract(epoch FROM coalesce(r.finished_at, clock_timestamp()) - r.started_at)::float AS seconds,

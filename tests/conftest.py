@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+# A test that holds a lock on purpose must not lose a race on a slow machine.
+LOCK_TIMEOUT_MS = 10_000
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--postgres-bin",
@@ -61,6 +65,6 @@ def database_url(cluster: Cluster) -> Iterator[str]:
 @pytest.fixture
 def database(database_url: str) -> Iterator[Database]:
     """A fresh migrated database."""
-    opened = Database(database_url, "credits", name="test", pooled=True)
+    opened = Database(database_url, "credits", name="test", pooled=True, lock_timeout_ms=LOCK_TIMEOUT_MS)
     yield opened
     opened.close()

@@ -152,6 +152,17 @@ def test_upkeep_makes_the_partitions_of_the_coming_months_and_protects_them(worl
         world.sql.execute(f"TRUNCATE {gone}")
 
 
+@pytest.mark.parametrize("parent", ["credit_refresh_histories", "credit_audit_logs"])
+def test_upkeep_notices_whichever_partition_is_missing_and_keeps_out_of_another_upkeeps_way(
+    world: World, parent: str
+) -> None:
+    gone = world.value("SELECT %s || to_char(now() + interval '2 months', '\"_y\"YYYY\"m\"MM')", parent)
+    world.sql.execute(f"DROP TABLE {gone}")
+    with world.database.transaction() as first, world.host() as other:
+        assert ensure_partitions(first) == [gone]
+        assert other.execute("SELECT ensure_partitions(now(), 3)").fetchall() == []
+
+
 def test_a_month_that_has_rows_in_the_default_partition_stays_there(world: World) -> None:
     month = world.value("SELECT to_char(now() + interval '3 months', '\"y\"YYYY\"m\"MM')")
     world.sql.execute(f"DROP TABLE credit_audit_logs_{month}")
