@@ -221,6 +221,7 @@ def test_a_run_of_more_batches_than_are_claimed_at_once_is_published_whole(
     world.users(delivery.CLAIM_LIMIT + 1)
     run = world.scan(batch_size=1)
     use_broker(servers.redis_url)
+    app.control.purge()  # other tests leave their messages in the same Redis
     try:
         assert publish_batches(world.database, max_attempts=5, run_id=run.run_id) == delivery.CLAIM_LIMIT + 1
         assert batches_waiting() == len(delivery.messages(list(range(delivery.CLAIM_LIMIT)))) + 1
