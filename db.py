@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from alembic.config import Config
-from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine, event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import ConnectionPoolEntry, NullPool, QueuePool
@@ -27,6 +25,9 @@ if TYPE_CHECKING:
 Row = TypeVar("Row")
 
 ALEMBIC_INI = Path(__file__).resolve().parent / "alembic.ini"
+REVISION = "0002"
+"""The migration that this code was written for; a test holds it against `migrations/`. Asking Alembic would cost each
+command most of a second."""
 
 # A batch of 100 takes milliseconds. These end what is stuck in every pool, where Celery's soft time limits hold in
 # prefork alone; a worker frozen inside a transaction gives its locks back.
@@ -34,11 +35,12 @@ STATEMENT_TIMEOUT_SECONDS = 30
 IDLE_IN_TRANSACTION_SECONDS = 60
 CONNECT_TIMEOUT_SECONDS = 5
 
-# Half of the host's deadlock_timeout: should we and a host ever wait for each other, our wait ends first, so that
-# PostgreSQL never has to pick a victim, which might be the host.
+# Half of the host's deadlock_timeout, or less: should we and a host ever wait for each other, our wait ends first, so
+# that PostgreSQL never has to pick a victim, which might be the host.
+LOCK_TIMEOUT_MS = 500
 _LOCK_TIMEOUT = """
-SELECT set_config('lock_timeout',
-    (extract(epoch FROM current_setting('deadlock_timeout')::interval) * 500)::int::text, false)
+SELECT set_config('lock_timeout', least(%s,
+    extract(epoch FROM current_setting('deadlock_timeout')::interval) * 500)::int::text, false)
 """
 
 
@@ -54,9 +56,18 @@ class Database:
         schema: a checked identifier (`Settings.database_schema`).
         name: what `pg_stat_activity` shows.
         pooled: False for commands that connect once.
+        lock_timeout_ms: how long a statement may wait for a lock, where the server's deadlock_timeout admits as much.
     """
 
-    def __init__(self, url: str, schema: str, *, name: str = "credits", pooled: bool = False) -> None:
+    def __init__(
+        self,
+        url: str,
+        schema: str,
+        *,
+        name: str = "credits",
+        pooled: bool = False,
+        lock_timeout_ms: int = LOCK_TIMEOUT_MS,
+    ) -> None:
         self.schema = schema
         options = " ".join(
             f"-c {key}={value}"
@@ -81,7 +92,12 @@ class Database:
             **(pool or {"poolclass": NullPool}),
         )
         self._autocommit = self._engine.execution_options(isolation_level="AUTOCOMMIT")
-        event.listen(self._engine, "connect", _limit_lock_waits)
+
+        @event.listens_for(self._engine, "connect")
+        def limit_lock_waits(connection: psycopg.Connection[Any], _entry: ConnectionPoolEntry) -> None:
+            connection.autocommit = True
+            connection.execute(_LOCK_TIMEOUT, (lock_timeout_ms,))
+            connection.autocommit = False
 
     @contextmanager
     def connect(self) -> Iterator[Connection]:
@@ -145,25 +161,25 @@ class Database:
         Raises:
             DatabaseError: unreachable, not migrated, or migrated by another release.
         """
-        wanted = ScriptDirectory.from_config(Config(ALEMBIC_INI)).get_current_head()
         with self.statements() as connection:
-            (present,) = one(connection.execute("SELECT to_regclass('alembic_version') IS NOT NULL"))
+            (present, where) = one(
+                connection.execute("SELECT to_regclass('alembic_version') IS NOT NULL, current_schema()")
+            )
+            if where not in {self.schema, None}:
+                raise DatabaseError(
+                    f"The connection's search_path is {where!r} instead of {self.schema!r}: a pooler such as PgBouncer "
+                    "drops it; set it on the role (docs/guide.md)."
+                )
             row = connection.execute("SELECT version_num FROM alembic_version").fetchone() if present else None
         found = row[0] if row else None
         if found is None:
             raise DatabaseError(
                 f"The database has no tables of ours in schema {self.schema!r}: run `credits db upgrade` first."
             )
-        if found != wanted:
+        if found != REVISION:
             raise DatabaseError(
-                f"The database is at migration {found}, this release needs {wanted}: run `credits db upgrade`."
+                f"The database is at migration {found}, this release needs {REVISION}: run `credits db upgrade`."
             )
-
-
-def _limit_lock_waits(connection: psycopg.Connection[Any], _entry: ConnectionPoolEntry) -> None:
-    connection.autocommit = True
-    connection.execute(_LOCK_TIMEOUT)
-    connection.autocommit = False
 
 
 def one(cursor: psycopg.Cursor[Row]) -> Row:

@@ -6,12 +6,6 @@ from importlib import import_module
 from typing import Any
 
 import click
-import psycopg
-
-from db import DatabaseError, one_line
-from embedded import EmbeddedError
-from refresh.runs import RefusedError
-from settings import SettingsError
 
 ERROR = 1
 REFUSED = 2
@@ -55,14 +49,33 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except RefusedError as error:
-            raise _Refused(str(error)) from error
-        except (SettingsError, DatabaseError, EmbeddedError) as error:
-            raise _Failed(str(error)) from error
-        except psycopg.errors.LockNotAvailable as error:
-            raise _Failed(f"{one_line(error)}: another session holds the lock; try again") from error
-        except psycopg.Error as error:
-            raise _Failed(f"The database refused: {one_line(error)}") from error
+        except Exception as error:
+            line = _line(error)
+            if line is None:
+                raise
+            raise line from error
+
+
+def _line(error: Exception) -> click.ClickException | None:
+    """What people read instead of a traceback; None for an error that is ours to mend."""
+    # Imported here, where the command has them loaded already: `credits --help` has no use for them.
+    import psycopg  # noqa: PLC0415
+    from sqlalchemy.exc import DBAPIError  # noqa: PLC0415
+
+    from db import DatabaseError, one_line  # noqa: PLC0415
+    from embedded import EmbeddedError  # noqa: PLC0415
+    from refresh.runs import RefusedError  # noqa: PLC0415
+    from settings import SettingsError  # noqa: PLC0415
+
+    if isinstance(error, RefusedError):
+        return _Refused(str(error))
+    if isinstance(error, SettingsError | DatabaseError | EmbeddedError):
+        return _Failed(str(error))
+    if isinstance(error, psycopg.errors.LockNotAvailable):
+        return _Failed(f"{one_line(error)}: another session holds the lock; try again")
+    if isinstance(error, psycopg.Error | DBAPIError):
+        return _Failed(f"The database refused: {one_line(error)}")
+    return None
 
 
 class _Failed(click.ClickException):

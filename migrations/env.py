@@ -29,7 +29,9 @@ def _partitions(connection: Connection) -> frozenset[str]:
 
 
 def _migrate(connection: Connection, schema: str) -> None:
-    connection.execute(text(f'CREATE SCHEMA IF NOT EXISTS "{schema}"'))  # a checked identifier: settings.py
+    # IF NOT EXISTS would ask for the right to create schemas even where ours is there.
+    if connection.execute(text("SELECT to_regnamespace(:schema) IS NULL"), {"schema": schema}).scalar_one():
+        connection.execute(text(f'CREATE SCHEMA "{schema}"'))  # a checked identifier: settings.py
     connection.execute(text(f"SET lock_timeout = '{LOCK_TIMEOUT}'"))
     connection.execute(text(f"SET statement_timeout = '{STATEMENT_TIMEOUT}'"))
     partitions = _partitions(connection)

@@ -10,9 +10,6 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from models.base import Base, Credits
 
-SCHEDULED = "scheduled"
-"""The reason that every run of beat's carries."""
-
 
 class History(Base):
     """One decision. Partitioned by month of `window_start`; no foreign key to users (it costs a third of the speed).
@@ -53,7 +50,7 @@ class History(Base):
             "user_id",
             "window_start",
             unique=True,
-            postgresql_where=text(f"status = 'planned' AND reason = '{SCHEDULED}'"),
+            postgresql_where=text("status = 'planned' AND reason = 'scheduled'"),
         ),
         # Everything but live grants, by run: failures to show, plans to apply. Costs a grant nothing.
         Index("ix_credit_refresh_histories_run_id", "run_id", postgresql_where=text("status <> 'refreshed'")),

@@ -27,6 +27,7 @@ class User(Base):
     __table_args__ = (
         CheckConstraint("credit_refresh_day BETWEEN 1 AND 31", name="credit_refresh_day"),
         CheckConstraint("custom_credit_amount > 0", name="custom_credit_amount"),
+        CheckConstraint("isfinite(next_refresh_at)", name="next_refresh_at"),
         Index("ix_users_wake_at", "wake_at", postgresql_where=text("wake_at IS NOT NULL")),
     )
 

@@ -20,7 +20,7 @@ from uuid import UUID  # noqa: TC003 - psycopg's row factory builds the class at
 
 from psycopg.rows import class_row
 
-from refresh.closing import CLOSE, DEFER, DEFERRED_RETRY_SECONDS, LOCK_SKIPPING, LOCK_WAITING
+from refresh.closing import CLOSE, DEFER, DEFERRED_BACKOFF_SECONDS, FEW_USERS, LOCK_SKIPPING, LOCK_WAITING
 from refresh.regrid import REGRID_MANY, REGRID_ONE
 
 if TYPE_CHECKING:
@@ -104,7 +104,15 @@ moved AS (
     UPDATE users AS u SET
         credit_balance = u.credit_balance + coalesce(h.credits_added, 0),
         last_credit_refresh = CASE WHEN h.status = 'refreshed' THEN now() ELSE u.last_credit_refresh END,
-        next_refresh_at = CASE WHEN d.newly_held THEN u.next_refresh_at ELSE d.window_end END,
+        next_refresh_at = CASE
+            WHEN d.newly_held THEN u.next_refresh_at
+            WHEN h.status IS NOT NULL THEN d.window_end
+            -- Refused by the key: to the end of what was granted, which another plan may have given another length.
+            ELSE greatest(d.window_end, (
+                SELECT max(g.window_end) FROM credit_refresh_histories AS g
+                WHERE g.user_id = u.id AND g.status = 'refreshed' AND g.reversed_by_run_id IS NULL
+            ))
+        END,
         held_window = CASE WHEN d.newly_held THEN u.next_refresh_at END,
         -- A grant ends the hold that had run out.
         credit_refresh_hold = d.newly_held,
@@ -143,10 +151,10 @@ counts AS (
         -- Not due any more, without a plan, inactive, refused by the key; or deleted by the host since the scan.
         (SELECT count(*) FROM decided WHERE verdict NOT IN ('due', 'held', 'overflow'))
             + (SELECT count(*) FROM moved WHERE verdict = 'due' AND status IS NULL)
-            + b_size.users - (SELECT count(*) FROM locked) - coalesce((SELECT users FROM deferred), 0) AS skipped,
-        coalesce((SELECT users FROM deferred), 0) AS deferred,
-        coalesce((SELECT sum(credits_added) FROM history), 0) AS credits
-    FROM (SELECT cardinality(user_ids) AS users FROM batch) AS b_size
+            + (SELECT count(*) FROM missed WHERE NOT is_there) AS skipped,
+        coalesce((SELECT sum(users) FROM deferred), 0) AS deferred,
+        -- A statistic, where two grants of nearly 2^63 must not fail the batch.
+        least(coalesce((SELECT sum(credits_added) FROM history), 0), 9223372036854775807) AS credits
 )
 """
 
@@ -175,7 +183,7 @@ counts AS (
         cardinality(b.user_ids) - (SELECT count(*) FROM history)
             - (SELECT count(*) FROM decided WHERE verdict IN ('held', 'overflow')) AS skipped,
         0 AS deferred,
-        coalesce((SELECT sum(credits_added) FROM history), 0) AS credits
+        least(coalesce((SELECT sum(credits_added) FROM history), 0), 9223372036854775807) AS credits
     FROM batch AS b
 ),
 audit AS (
@@ -230,7 +238,7 @@ def refresh_batch(connection: psycopg.Connection[Any], batch_id: int, statement:
     """
     parameters: dict[str, int] = {"batch_id": batch_id}
     if statement is not PLAN:
-        parameters["deferred_seconds"] = DEFERRED_RETRY_SECONDS
+        parameters |= {"backoff_seconds": DEFERRED_BACKOFF_SECONDS, "few": FEW_USERS}
     with connection.cursor(row_factory=class_row(Outcome)) as cursor:
         return cursor.execute(statement, parameters, prepare=True).fetchone()
 

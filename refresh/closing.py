@@ -1,28 +1,39 @@
 """How every statement over a batch ends: users who stay locked go to a new batch, and the row is closed.
 
 The statements differ in what they do to the users whom they have locked (batch.py grants and plans, regrid.py moves
-dates). They share the CTE names `batch`, `locked`, `deferred` and `counts`.
+dates). They share the CTE names `batch`, `locked`, `missed`, `deferred` and `counts`.
 """
 
 from __future__ import annotations
 
-DEFERRED_RETRY_SECONDS = 5
-"""How soon users whom somebody else had locked are tried again; upkeep's pace is what they really wait for."""
+DEFERRED_BACKOFF_SECONDS = 5
+"""How soon users whom somebody else had locked are tried again, twice as late each time; upkeep's pace comes on top."""
+FEW_USERS = 10
+"""Up to so many, users who are locked twice in a row get a batch each. A host that locks a million gets no million
+batches."""
 
 # A batch of one waits its turn, it holds nothing that a host could want; a batch of many never waits.
 LOCK_WAITING = "ORDER BY u.id FOR NO KEY UPDATE"
 LOCK_SKIPPING = f"{LOCK_WAITING} SKIP LOCKED"
 
 DEFER = """
+-- Users of the batch who were not locked: somebody else has them, or the host has deleted them since the scan. The
+-- usual batch has none and does not look.
+missed AS MATERIALIZED (
+    SELECT id, EXISTS (SELECT FROM users AS u WHERE u.id = m.id) AS is_there
+    FROM unnest((SELECT user_ids FROM batch)) AS m (id)
+    WHERE (SELECT count(*) FROM locked) < (SELECT cardinality(user_ids) FROM batch)
+        AND NOT EXISTS (SELECT FROM locked AS l WHERE l.id = m.id)
+),
+-- The few who are missed again get a batch each, which waits its turn.
 deferred AS (
     INSERT INTO credit_refresh_batches (run_id, seq, user_ids, attempts, next_attempt_at)
-    SELECT b.run_id, b.seq, array_agg(u.id), b.attempts + 1, now() + make_interval(secs => %(deferred_seconds)s)
-    FROM batch AS b
-    JOIN users AS u ON u.id = ANY (b.user_ids)
-    -- The usual batch has nobody to defer and does not look.
-    WHERE (SELECT count(*) FROM locked) < (SELECT cardinality(user_ids) FROM batch)
-        AND NOT EXISTS (SELECT FROM locked AS l WHERE l.id = u.id)
-    GROUP BY b.run_id, b.seq, b.attempts
+    SELECT b.run_id, b.seq, array_agg(m.id), b.attempts + 1,
+        now() + make_interval(secs => %(backoff_seconds)s * 2 ^ least(b.attempts, 8))
+    FROM batch AS b CROSS JOIN missed AS m
+    WHERE m.is_there
+    GROUP BY b.run_id, b.seq, b.attempts,
+        CASE WHEN b.attempts > 0 AND cardinality(b.user_ids) <= %(few)s THEN m.id END
     RETURNING cardinality(user_ids) AS users
 ),
 """

@@ -38,7 +38,8 @@ WITH due AS (
         AND CASE
             WHEN b.next_attempt_at IS NOT NULL THEN b.next_attempt_at <= now()
             -- With messages in the queue ours may be among them: ring again, much later, and call it no attempt.
-            WHEN b.published_at IS NOT NULL THEN b.published_at < now() - make_interval(secs => %(overdue)s)
+            WHEN b.published_at IS NOT NULL THEN
+                %(ring_again)s AND b.published_at < now() - make_interval(secs => %(overdue)s)
             ELSE true
         END
     ORDER BY b.id
@@ -59,6 +60,7 @@ def claim_batches(
     *,
     max_attempts: int,
     run_id: UUID | None = None,
+    ring_again: bool = False,
     limit: int = CLAIM_LIMIT,
 ) -> list[int]:
     """Mark the batches that have to be published as published now, oldest first; publish them after the commit.
@@ -67,19 +69,32 @@ def claim_batches(
         connection: anything; publish once this is committed.
         max_attempts: batches that were tried this often are left to `give_up_batches()`.
         run_id: a run that was just opened; None: upkeep, over all runs.
+        ring_again: whether to take those too that were published `OVERDUE_SECONDS` ago and may still wait in the queue;
+            upkeep does while the queue is short.
         limit: how many at most.
     """
-    parameters = {"run_id": run_id, "max_attempts": max_attempts, "overdue": OVERDUE_SECONDS, "limit": limit}
+    parameters = {
+        "run_id": run_id,
+        "max_attempts": max_attempts,
+        "ring_again": ring_again,
+        "overdue": OVERDUE_SECONDS,
+        "limit": limit,
+    }
     return sorted(id_ for (id_,) in connection.execute(_CLAIM, parameters))
 
 
 _UNCLAIM = """
-UPDATE credit_refresh_batches SET published_at = NULL WHERE id = ANY (%(ids)s) AND status = 'pending'
+UPDATE credit_refresh_batches AS b SET published_at = NULL
+FROM (
+    SELECT id FROM credit_refresh_batches WHERE id = ANY (%(ids)s) AND status = 'pending'
+    FOR NO KEY UPDATE SKIP LOCKED -- a worker that has one got its message after all
+) AS unsent
+WHERE b.id = unsent.id
 """
 
 
 def unclaim_batches(connection: psycopg.Connection[Any], batch_ids: list[int]) -> None:
-    """The broker did not take them: the next upkeep rings again, and it was nobody's attempt."""
+    """The broker did not take them, or their worker may not work: upkeep rings again, and it was nobody's attempt."""
     connection.execute(_UNCLAIM, {"ids": batch_ids})
 
 
@@ -89,7 +104,11 @@ UPDATE credit_refresh_batches AS b SET
     error = %(error)s,
     next_attempt_at = now()
         + make_interval(secs => least(%(backoff_max)s, %(backoff)s * 2 ^ least(b.attempts, 20)))
-WHERE b.id = %(batch_id)s AND b.status = 'pending'
+FROM (
+    SELECT id FROM credit_refresh_batches WHERE id = %(batch_id)s AND status = 'pending'
+    FOR NO KEY UPDATE SKIP LOCKED -- whoever has it now decides what becomes of it
+) AS tried
+WHERE b.id = tried.id
 RETURNING b.attempts
 """
 
@@ -136,7 +155,8 @@ UPDATE credit_refresh_batches AS b SET
     error = coalesce(b.error, 'its users stayed locked by another session')
 FROM (
     SELECT id FROM credit_refresh_batches
-    WHERE status = 'pending' AND attempts >= %(max_attempts)s AND next_attempt_at IS NOT NULL
+    WHERE status = 'pending' AND attempts >= %(max_attempts)s
+        AND (next_attempt_at IS NOT NULL OR published_at IS NULL)
     FOR NO KEY UPDATE SKIP LOCKED
 ) AS spent
 WHERE b.id = spent.id

@@ -2,27 +2,46 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     import psycopg
 
 MONTHS_AHEAD = 3
+LOCK_TIMEOUT = timedelta(milliseconds=50)
+"""Attaching waits for whoever reads the default partition, a dump perhaps, and others queue behind it: not for long."""
 
 _MISSING = """
-SELECT to_regclass(format('credit_audit_logs_%%s', to_char(now() + make_interval(months => %(months)s),
-    '"y"YYYY"m"MM'))) IS NULL
+SELECT count(*) FROM generate_series(0, %(months)s) AS month
+CROSS JOIN (VALUES ('credit_refresh_histories'), ('credit_audit_logs')) AS parent (name)
+WHERE to_regclass(parent.name || to_char(now() AT TIME ZONE 'UTC' + make_interval(months => month),
+    '"_y"YYYY"m"MM')) IS NULL
 """
 _ENSURE = "SELECT ensure_partitions(now(), %(months)s)"
+_MONTHS_UNTIL = """
+SELECT greatest(0, 12 * extract(year FROM age(%(until)s, date_trunc('month', now())))
+    + extract(month FROM age(%(until)s, date_trunc('month', now()))))::integer
+"""
 
 
-def ensure_partitions(connection: psycopg.Connection[Any]) -> list[str]:
-    """Make the partitions of this month and the next `MONTHS_AHEAD` that are missing; returns their names.
+def ensure_partitions(connection: psycopg.Connection[Any], *, until: datetime | None = None) -> list[str]:
+    """Make the partitions that are missing, of this month and those that come; returns their names.
 
-    Attaching a partition locks its table for an instant. A wait for that lock ends by `lock_timeout`, and the next
-    upkeep tries again: there are months left.
+    Args:
+        connection: in a transaction whose lock waits are short.
+        until: make them up to its month, for a dry run that looks ahead; None: `MONTHS_AHEAD`.
+
+    Raises:
+        psycopg.errors.LockNotAvailable: somebody reads the tables; nothing was made, and the next upkeep tries again.
     """
-    row = connection.execute(_MISSING, {"months": MONTHS_AHEAD}).fetchone()
-    if row is None or not row[0]:
+    months = MONTHS_AHEAD
+    if until is not None:
+        row = connection.execute(_MONTHS_UNTIL, {"until": until}).fetchone()
+        months = row[0] if row else MONTHS_AHEAD
+    missing = connection.execute(_MISSING, {"months": months}).fetchone()
+    if missing is None or missing[0] == 0:
         return []
-    return [name for (name,) in connection.execute(_ENSURE, {"months": MONTHS_AHEAD})]
+    return [name for (name,) in connection.execute(_ENSURE, {"months": months})]

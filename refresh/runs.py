@@ -15,7 +15,7 @@ from psycopg.rows import class_row
 from psycopg.types.json import Jsonb
 
 from db import one
-from models.history import SCHEDULED
+from refresh.partitions import ensure_partitions
 from refresh.schedule import slot_at
 
 if TYPE_CHECKING:
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     import psycopg
+
+SCHEDULED = "scheduled"
+"""The reason that beat's runs carry. The unique index over planned windows names it (models/history.py)."""
 
 OPENING_LOCK_TIMEOUT = timedelta(minutes=5)
 """How long one opening waits for another. Cutting a million users into batches takes about a second."""
@@ -92,10 +95,12 @@ _LOCK = "SELECT pg_advisory_xact_lock(hashtextextended(current_schema() || '.ope
 _SITUATION = """
 SELECT
     s.enabled, s.dry_run, now() AS now,
-    EXISTS (
-        SELECT FROM credit_refresh_runs AS r
-        WHERE r.slot = %(slot)s::timestamptz AND r.dry_run = (%(dry_run)s OR s.dry_run)
-    )
+    -- Each in the form of its unique index.
+    CASE
+        WHEN %(dry_run)s OR s.dry_run
+            THEN EXISTS (SELECT FROM credit_refresh_runs WHERE slot = %(slot)s::timestamptz AND dry_run)
+        ELSE EXISTS (SELECT FROM credit_refresh_runs WHERE slot = %(slot)s::timestamptz AND NOT dry_run)
+    END
         AS slot_taken
 FROM settings AS s
 """
@@ -105,12 +110,12 @@ FROM settings AS s
 _TAKEN = """
 SELECT unnest(b.user_ids) AS user_id
 FROM credit_refresh_batches AS b JOIN credit_refresh_runs AS r ON r.id = b.run_id
-WHERE b.status = 'pending' AND NOT r.dry_run AND r.kind <> 'regrid'
+WHERE b.status = 'pending' AND r.status = 'running' AND NOT r.dry_run AND r.kind <> 'regrid'
 """
 _PLANNED = """
 SELECT h.user_id
 FROM credit_refresh_histories AS h JOIN users AS u ON u.id = h.user_id
-WHERE h.status = 'planned' AND h.reason = 'scheduled' AND h.window_start >= u.next_refresh_at
+WHERE h.status = 'planned' AND h.reason = 'scheduled' AND h.window_start >= u.next_refresh_at AND h.window_end > now()
 """
 
 _DUE = """
@@ -183,6 +188,8 @@ def open_run(connection: psycopg.Connection[Any], request: Request) -> Opened | 
     dry_run = request.dry_run or all_dry
     if request.as_of is not None and request.as_of > now and not dry_run:
         raise RefusedError(f"{request.as_of.isoformat()} lies in the future: only a dry run may look ahead")
+    if request.as_of is not None:
+        ensure_partitions(connection, until=request.as_of)
     scheduled = request.slot is not None
     scan = (SCAN_DRY_SCHEDULED if scheduled else SCAN_DRY) if dry_run else SCAN
     with connection.cursor(row_factory=class_row(Opened)) as cursor:
@@ -269,7 +276,9 @@ UPDATE credit_refresh_runs AS r SET
 FROM (
     SELECT
         run_id, count(*) AS batches, sum(users_refreshed) AS refreshed, sum(users_held) AS held,
-        sum(users_skipped) AS skipped, sum(credits_granted) AS credits, min(error) AS error,
+        sum(users_skipped) AS skipped, min(error) AS error,
+        -- A statistic, where two grants of nearly 2^63 must not keep the run from ending.
+        least(sum(credits_granted), 9223372036854775807)::bigint AS credits,
         sum(CASE status WHEN 'failed' THEN cardinality(user_ids) ELSE users_failed END) AS failed
     FROM credit_refresh_batches
     WHERE run_id = ANY (%(run_ids)s)
@@ -336,7 +345,7 @@ SELECT
     coalesce(sum(b.users_held), 0)::bigint AS users_held,
     coalesce(sum(b.users_skipped), 0)::bigint AS users_skipped,
     coalesce(sum(t.failed), 0)::bigint AS users_failed,
-    coalesce(sum(b.credits_granted), 0)::bigint AS credits_granted,
+    least(coalesce(sum(b.credits_granted), 0), 9223372036854775807)::bigint AS credits_granted,
     count(b.id)::integer AS batches_total,
     (count(b.id) FILTER (WHERE b.status <> 'pending'))::integer AS batches_done,
     extract(epoch FROM coalesce(r.finished_at, clock_timestamp()) - r.started_at)::float AS seconds,

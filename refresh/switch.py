@@ -13,6 +13,11 @@ if TYPE_CHECKING:
 TRIGGER_LOCK_TIMEOUT = timedelta(seconds=5)
 """As a migration's: whoever waits for the table's lock holds up every spend that comes behind."""
 
+# A worker that meets a batch while paused puts it down. On resume all of them are new to the queue: nobody tried them.
+_FORGET_PUBLISHED = """
+UPDATE credit_refresh_batches SET published_at = NULL WHERE status = 'pending' AND next_attempt_at IS NULL
+"""
+
 _TURN = """
 WITH turned AS (UPDATE settings SET enabled = %(enabled)s WHERE enabled <> %(enabled)s RETURNING enabled)
 INSERT INTO credit_audit_logs (actor, action)
@@ -26,7 +31,10 @@ def turn(connection: psycopg.Connection[Any], *, enabled: bool, actor: str) -> b
     Returns:
         Whether that changed anything.
     """
-    return connection.execute(_TURN, {"enabled": enabled, "actor": actor}).rowcount == 1
+    changed = connection.execute(_TURN, {"enabled": enabled, "actor": actor}).rowcount == 1
+    if changed and enabled:
+        connection.execute(_FORGET_PUBLISHED)
+    return changed
 
 
 _HAS_TRIGGER = """

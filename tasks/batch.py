@@ -24,9 +24,11 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger("credits.batch")
 @app.task(name=TaskNames.BATCH)
 def batch(batch_ids: list[int]) -> None:
     """Refresh batches; end the runs that have nothing left."""
-    if not config.credit_refresh_enabled:
-        return
     with database().statements() as connection:
+        if not config.credit_refresh_enabled:
+            log.warning(f"{logs.PREFIX} Batches are left for others: CREDIT_REFRESH_ENABLED is false here")
+            delivery.unclaim_batches(connection, batch_ids)
+            return
         outcomes = [_refresh(connection, *pending) for pending in pending_statements(connection, batch_ids)]
         log_finished(runs.finish_runs(connection, {done.run_id for done in outcomes if done}))
 

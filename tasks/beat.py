@@ -12,6 +12,11 @@ from tasks.app import heartbeat_path
 class Scheduler(PersistentScheduler):
     """Touches the heartbeat file at each turn of the loop, `beat_max_loop_interval` apart at most."""
 
+    def setup_schedule(self) -> None:
+        """Open the timetable's file, in a folder that a new machine does not have yet."""
+        heartbeat_path("beat").parent.mkdir(parents=True, exist_ok=True)
+        super().setup_schedule()
+
     def tick(self, *args: Any, **kwargs: Any) -> float:
         """Send what is due; returns the seconds until the next look."""
         heartbeat_path("beat").touch()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 import structlog
+from amqp.exceptions import ChannelError
+from kombu.exceptions import KombuError
+from redis.exceptions import RedisError
 
 import logs
 from celeryconfig import QueueNames, TaskNames
@@ -14,14 +18,17 @@ from tasks.app import app
 if TYPE_CHECKING:
     from uuid import UUID
 
-    from kombu import Connection
-
     from db import Database
+
+# What a broker that is gone, full or slow raises: kombu wraps some of it and passes on the rest.
+_REFUSED = (KombuError, RedisError, OSError)
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("credits.publish")
 
 
-def publish_batches(database: Database, *, max_attempts: int, run_id: UUID | None = None) -> int:
+def publish_batches(
+    database: Database, *, max_attempts: int, run_id: UUID | None = None, ring_again: bool = False
+) -> int:
     """Claim what has to be published, commit, then publish in bulk.
 
     A broker that does not answer costs a delay and nothing else: the claim is taken back, and the next upkeep tries
@@ -31,29 +38,33 @@ def publish_batches(database: Database, *, max_attempts: int, run_id: UUID | Non
         database: where the batches are.
         max_attempts: `CREDIT_REFRESH_MAX_ATTEMPTS`.
         run_id: a run that was just opened; None: whatever upkeep finds.
+        ring_again: whether to publish again what may still wait in a queue that is short.
 
     Returns:
         The number of batches published.
     """
-    with database.transaction() as connection:
-        batch_ids = delivery.claim_batches(connection, max_attempts=max_attempts, run_id=run_id)
-    if not batch_ids:
-        return 0
-    with app.connection_for_write() as broker:
+    published = 0
+    while batch_ids := _claim(database, max_attempts=max_attempts, run_id=run_id, ring_again=ring_again):
         try:
-            _send(broker, batch_ids)
-        except broker.connection_errors + broker.channel_errors as error:
+            _send(batch_ids)
+        except _REFUSED as error:
             log.warning(f"{logs.PREFIX} The broker did not take the batches; upkeep publishes them", error=str(error))
             with database.transaction() as connection:
                 delivery.unclaim_batches(connection, batch_ids)
-            return 0
-    return len(batch_ids)
+            break
+        published += len(batch_ids)
+    return published
 
 
-def _send(broker: Connection, batch_ids: list[int]) -> None:
+def _claim(database: Database, *, max_attempts: int, run_id: UUID | None, ring_again: bool) -> list[int]:
+    with database.transaction() as connection:
+        return delivery.claim_batches(connection, max_attempts=max_attempts, run_id=run_id, ring_again=ring_again)
+
+
+def _send(batch_ids: list[int]) -> None:
     task = app.tasks[TaskNames.BATCH]
     producers: Any = app.amqp  # the type stubs do not know batch(), new in kombu 5.7
-    with producers.Producer(broker) as producer, producer.batch():
+    with app.connection_for_write() as broker, producers.Producer(broker) as producer, producer.batch():
         for ids in delivery.messages(batch_ids):
             task.apply_async((ids,), producer=producer)
 
@@ -64,5 +75,8 @@ def batches_waiting() -> int:
         channel: Any = broker.default_channel
         try:
             return int(channel.queue_declare(QueueNames.BATCHES, passive=True).message_count)
-        except broker.channel_errors:
-            return 0  # Redis knows no empty list
+        except ChannelError as error:
+            # Redis knows no empty list. Any other answer is not a length, and must not pass for an empty queue.
+            if int(error.reply_code or 0) != HTTPStatus.NOT_FOUND:
+                raise
+            return 0

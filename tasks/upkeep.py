@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 from celery import signals
@@ -16,38 +16,59 @@ from tasks.batch import log_finished
 from tasks.publish import batches_waiting, publish_batches
 from tasks.scan import open_current_slot
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 log: structlog.stdlib.BoundLogger = structlog.get_logger("credits.upkeep")
 
 
 @app.task(name=TaskNames.UPKEEP)
 def upkeep() -> None:
-    """Give up what was tried too often, publish what waits, finish runs, open a missed slot, make partitions."""
+    """Give up what was tried too often, finish runs, publish what waits, open a missed slot, make partitions."""
+    steps: list[Callable[[], object]] = [_make_partitions]
     if config.credit_refresh_enabled:
-        _deliver()
-        open_current_slot()
-    with database().transaction() as connection:
-        for name in partitions.ensure_partitions(connection):
-            log.info(f"{logs.PREFIX} Made partition {name}")
+        steps = [_give_up, _finish, _publish, open_current_slot, _make_partitions]
+    for step in steps:
+        try:
+            step()
+        except Exception:  # one that fails must not keep the others from their work; the next minute tries it again
+            log.exception(f"{logs.PREFIX} Upkeep could not {step.__name__.strip('_').replace('_', ' ')}")
 
 
-def _deliver() -> None:
-    queue_empty = batches_waiting() == 0
+def _give_up() -> None:
     with database().statements() as connection:
-        if queue_empty and (lost := delivery.record_losses(connection)):
-            log.warning(f"{logs.PREFIX} Batches were lost and are published again", batches=lost)
-        for batch_id, run_id, error in delivery.give_up_batches(
-            connection, max_attempts=config.credit_refresh_max_attempts
-        ):
-            log.error(
-                f"{logs.PREFIX} Error refreshing credits: a batch was given up; its users are due at the next scan",
-                batch_id=batch_id,
-                run_id=str(run_id),
-                error=error,
-            )
+        spent = delivery.give_up_batches(connection, max_attempts=config.credit_refresh_max_attempts)
+    for batch_id, run_id, error in spent:
+        log.error(
+            f"{logs.PREFIX} Error refreshing credits: a batch was given up; its users are due at the next scan",
+            batch_id=batch_id,
+            run_id=str(run_id),
+            error=error,
+        )
+
+
+def _finish() -> None:
+    with database().statements() as connection:
         log_finished(runs.finish_runs(connection))
-    published = publish_batches(database(), max_attempts=config.credit_refresh_max_attempts)
+
+
+def _publish() -> None:
+    waiting = batches_waiting()
+    if waiting == 0:
+        with database().statements() as connection:
+            lost = delivery.record_losses(connection)
+        if lost:
+            log.warning(f"{logs.PREFIX} Batches were lost and are published again", batches=lost)
+    short = waiting < delivery.MESSAGES_ENOUGH
+    published = publish_batches(database(), max_attempts=config.credit_refresh_max_attempts, ring_again=short)
     if published:
         log.info(f"{logs.PREFIX} Published batches again", batches=published)
+
+
+def _make_partitions() -> None:
+    with database().transaction(lock_timeout=partitions.LOCK_TIMEOUT) as connection:
+        for name in partitions.ensure_partitions(connection):
+            log.info(f"{logs.PREFIX} Made partition {name}")
 
 
 @signals.worker_ready.connect

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 hypothesis.settings.register_profile("long", max_examples=200_000, deadline=None)
 
 
+# A test that holds a lock on purpose must not lose a race on a slow machine.
+LOCK_TIMEOUT_MS = 10_000
+
+
+PROCESSES_MAX = 16
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--postgres-bin",
@@ -34,13 +41,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def servers(request: pytest.FixtureRequest) -> Iterator[embedded.Servers]:
-    """PostgreSQL and Redis for this test process, without fsync and with no data."""
-    name = f"test-{os.getpid()}"
+    """PostgreSQL and Redis for this test process, without fsync and with no data.
+
+    The first name that no other test process uses: a run that was killed leaves its name, and no more, to the next.
+    """
     state = settings.load().credits_state_dir
     programs = request.config.getoption("--postgres-bin")
-    with embedded.servers(name, state, fresh=True, durable=False, postgres_programs=programs) as running:
-        yield running
-    embedded.remove(name, state)
+    with ExitStack() as stack:
+        for number in range(1, PROCESSES_MAX + 1):
+            start = embedded.servers(f"test-{number}", state, fresh=True, durable=False, postgres_programs=programs)
+            try:
+                running = stack.enter_context(start)
+            except embedded.EmbeddedError as error:
+                if number == PROCESSES_MAX or "in use" not in str(error):
+                    raise
+            else:
+                yield running
+                return
 
 
 @pytest.fixture(scope="session")
@@ -65,6 +82,6 @@ def database_url(cluster: Cluster) -> Iterator[str]:
 @pytest.fixture
 def database(database_url: str) -> Iterator[Database]:
     """A fresh migrated database."""
-    opened = Database(database_url, "credits", name="test", pooled=True)
+    opened = Database(database_url, "credits", name="test", pooled=True, lock_timeout_ms=LOCK_TIMEOUT_MS)
     yield opened
     opened.close()

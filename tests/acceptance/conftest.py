@@ -17,7 +17,7 @@ from tests.acceptance.nodes import Launcher, LocalRedis, LocalWorker
 from tests.acceptance.service import Service, ServiceSetup
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
     from pathlib import Path
 
     from pytest_celery import RedisTestBroker
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_makereport(item: pytest.Function) -> Iterator[None]:
+def pytest_runtest_makereport(item: pytest.Function) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """A failure without the processes' logs explains nothing."""
-    report: pytest.TestReport = yield  # type: ignore[misc, assignment]
+    report = yield
     launcher = item.funcargs.get("launcher")
     if report.failed and isinstance(launcher, Launcher):
         # The plugin adds the last log of the first worker; here are all logs of all.
         plain = [section for section in report.sections if not section[0].startswith("default_")]
         logs = [(f"log of {process.name}", process.all_logs()) for process in launcher.processes]
         report.sections = plain + logs
-    return report  # type: ignore[return-value]
+    return report
 
 
 @pytest.fixture

@@ -77,12 +77,14 @@ class Ledger:
 
     def an_hour_passes(self) -> None:
         """Free the slot that the worker's start took, so that the next scan opens a run as it would in an hour."""
-        self.execute("UPDATE credit_refresh_runs SET slot = slot - interval '1 hour'")
+        # By a year, so that two neighbours do not collide on the way.
+        self.execute("UPDATE credit_refresh_runs SET slot = slot - interval '1 year'")
 
     def a_minute_passes(self) -> None:
         """Make what was published long enough ago to count as lost."""
         self.execute(
-            "UPDATE credit_refresh_batches SET published_at = published_at - interval '1 minute' WHERE status = 'pending'"
+            "UPDATE credit_refresh_batches SET published_at = published_at - interval '1 minute'"
+            " WHERE status = 'pending'"
         )
 
     def assert_nothing_granted(self) -> None:
@@ -95,7 +97,8 @@ class Ledger:
         users, credits_due = self.rows("SELECT count(*), sum(1000 - substr(external_id, 6)::int % 1000) FROM users")[0]
         assert self.rows(
             """
-            SELECT count(*), count(DISTINCT user_id), sum(credits_added), bool_and(run_id = %s), min(status), max(status)
+            SELECT count(*), count(DISTINCT user_id), sum(credits_added), bool_and(run_id = %s),
+                min(status), max(status)
             FROM credit_refresh_histories
             """,
             run_id,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import signal
 import socket
-import subprocess
 import sys
 import time
 import uuid
@@ -22,6 +21,7 @@ from embedded.redis_server import find_program
 from settings import CHECKOUT
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
@@ -89,7 +89,7 @@ class LocalProcess:
         texts = (self._log(number + 1).read_text(errors="replace") for number in range(self.starts))
         return "--- started again ---\n".join(texts)
 
-    def kill(self, signal: str | int | None = None) -> None:  # noqa: A002 - docker-py's name
+    def kill(self, signal: str | int | None = None) -> None:
         """Send a signal; SIGKILL, which also ends what the process forked, takes effect before this returns."""
         number = _signal_number(signal)
         if self.process.poll() is not None:
@@ -119,17 +119,29 @@ def _signal_number(wanted: str | int | None) -> signal.Signals:
 class _Quick:
     """pytest-celery looks once a second, and for a minute and a half at a process that is gone; this looks closer."""
 
-    ready_prompt: str | None
+    ready_prompt: str | None = None
     name: str
     status: str
+    _container: LocalProcess
 
     def _wait_ready(self, timeout: float = START_SECONDS) -> bool:
-        deadline = time.monotonic() + timeout
-        while self.ready_prompt is not None and self.ready_prompt not in self.logs():
-            if self.status == "exited" or time.monotonic() > deadline:
-                pytest.fail(f"{self.name} is not ready ({self.status}):\n{self.logs()}")
-            time.sleep(POLL_SECONDS)
+        if self.ready_prompt is not None:
+            self.wait_for(self.ready_prompt, timeout)
         return True
+
+    def wait_for(self, text: str, timeout: float = START_SECONDS) -> None:
+        """Until the log has this text; a process that ends will not write it any more."""
+        deadline = time.monotonic() + timeout
+        while text not in self.logs():
+            if self.status == "exited" or time.monotonic() > deadline:
+                pytest.fail(f"{self.name} ({self.status}) did not log {text!r}")
+            time.sleep(POLL_SECONDS)
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs; a signal's number, negative, when that ended it."""
+        code: int | None = self._container.process.poll()
+        return code
 
     def logs(self) -> str:
         return super().logs()  # type: ignore[misc, no-any-return] # the container's, mixed in after this
@@ -139,6 +151,7 @@ class _Quick:
 class LocalRedis(_Quick, RedisContainer):  # type: ignore[misc]
     """The broker. It keeps nothing on disk: stopped, it has lost all messages, which is the worst that can happen."""
 
+    ready_prompt = "Ready to accept connections"
     port: int = 0
 
     @classmethod
@@ -157,6 +170,11 @@ class LocalRedis(_Quick, RedisContainer):  # type: ignore[misc]
 class LocalWorker(_Quick, CeleryWorkerContainer):  # type: ignore[misc]
     """A worker as `credits up` and docker-compose.yml start it."""
 
+    def __init__(self, container: LocalProcess) -> None:
+        super().__init__(container)
+        # In full: a mere "ready." would also be found in "already.".
+        self.ready_prompt = f"{self.worker_name()}@{container.hostname} ready."
+
     @classmethod
     def worker_name(cls) -> str:
         """Celery's name for it is `worker@` and the container's id."""
@@ -166,11 +184,6 @@ class LocalWorker(_Quick, CeleryWorkerContainer):  # type: ignore[misc]
     def command(cls, *args: str, **_options: object) -> list[str]:
         """The real app, in place of the plugin's sample app."""
         return celery("worker", f"--hostname={cls.worker_name()}@%h", "--without-gossip", "--without-mingle", *args)
-
-    @property
-    def ready_prompt(self) -> str:
-        """In full: a mere "ready." would also be found in "already."."""
-        return f"{self.worker_name()}@{self._container.hostname} ready."
 
 
 class LocalBeat(_Quick, CeleryTestContainer):  # type: ignore[misc]

@@ -32,7 +32,7 @@ class ServiceSetup(CeleryTestSetup):  # type: ignore[misc] # the plugin ships no
         """The app of the test's own process: it only publishes and asks."""
         app = Celery(celery_setup_app_name, set_as_current=False)
         app.config_from_object("celeryconfig")
-        app.conf.broker_url = celery_setup_config["broker_url"]
+        app.conf.update(broker_url=celery_setup_config["broker_url"])
         return app
 
 
@@ -85,7 +85,7 @@ class Service:
 
     def waiting(self) -> int:
         """Messages that no worker has taken."""
-        return sum(int(self.redis.llen(name)) for name in QueueNames.ALL)  # type: ignore[arg-type] # redis' async half
+        return sum(int(self.redis.llen(name)) for name in QueueNames.ALL)
 
     def taken(self, task: str, *workers: CeleryTestWorker) -> int:
         """Messages of a task that these workers have taken and are through with: one busy with a task cannot answer."""

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.acceptance.ledger import Ledger
+    from tests.acceptance.nodes import Launcher
     from tests.acceptance.service import Service
 
 INTERVAL = timedelta(seconds=2)
@@ -53,11 +54,8 @@ def test_beat_opens_a_run_in_each_slot_and_goes_on_after_it_was_killed(
     service.until(lambda: len(slots(ledger)) >= len(killed) + 2, "two more slots have a run")
 
     assert_one_run_a_slot(ledger)
-    # Beat drifts by milliseconds a tick, so now and then it steps over the border of two slots: never over two.
-    assert max(later - earlier for earlier, later in zip(killed[before:], killed[before + 1 :], strict=False)) <= (
-        2 * INTERVAL
-    )
     (run_id,) = ledger.runs_with_users()
+    service.until_finished(run_id)
     ledger.assert_all_granted_once(run_id)
     assert list(tmp_path.glob("celerybeat-schedule*"))
     assert (tmp_path / "beat.heartbeat").exists()
@@ -82,9 +80,9 @@ def test_two_beats_open_each_slot_once(service: Service, ledger: Ledger, tmp_pat
     service.worker.assert_log_exists("Nothing to open: this slot's scan has run already")
 
 
-def test_beat_makes_its_state_folder(service: Service, tmp_path: Path) -> None:
+def test_beat_makes_its_state_folder(launcher: Launcher, default_worker_env: dict[str, str], tmp_path: Path) -> None:
     folder = tmp_path / "not" / "there" / "yet"
-    beat = service.start_beat(CREDITS_STATE_DIR=str(folder))
-    service.until(lambda: "Sending due task scan" in beat.logs(), "beat rang")
+    beat = launcher.beat(default_worker_env | {"CREDITS_STATE_DIR": str(folder)})
+    beat.container.wait_for("Sending due task scan")
     assert list(folder.glob("celerybeat-schedule*"))
     assert "Traceback" not in beat.logs()

@@ -55,6 +55,22 @@ def test_another_worker_does_the_batch_of_a_killed_worker(service: Service, ledg
     assert ledger.rows("SELECT id, status, attempts FROM credit_refresh_batches") == [(batch_id, "done", 1)]
 
 
+def test_a_worker_outlives_its_connection_to_the_database(service: Service, ledger: Ledger) -> None:
+    """As when PostgreSQL restarts: the failure cannot be noted, so the batch counts as lost."""
+    ledger.add_due_users(ONE_BATCH)
+    with ledger.gate() as gate:
+        run_id = service.scan()
+        service.until(lambda: len(gate.held()) == 1, "the worker is inside the batch")
+        (pid,) = gate.held()
+        assert ledger.value("SELECT pg_terminate_backend(%s)", pid)
+        service.worker.wait_for_log("[CreditRefresh] Error refreshing credits")
+    ledger.assert_nothing_granted()
+    ledger.a_minute_passes()
+    service.send(TaskNames.UPKEEP)
+    service.until_finished(run_id)
+    ledger.assert_all_granted_once(run_id)
+
+
 def test_the_rest_of_a_run_is_done_by_another_worker(service: Service, ledger: Ledger) -> None:
     """Killed in the first of ten batches: the others' messages still wait."""
     ledger.add_due_users(TEN_BATCHES)
@@ -104,4 +120,5 @@ def test_a_worker_that_is_told_to_stop_finishes_its_batch(service: Service, ledg
         service.until(lambda: len(gate.held()) == 1, "the worker is inside the batch")
         service.worker.kill(signal.SIGTERM)
     service.until(lambda: service.worker.container.status == "exited", "the worker ended")
+    assert service.worker.container.exit_code == 0
     ledger.assert_all_granted_once(run_id)

@@ -42,10 +42,22 @@ class Browser:
         return found
 
 
-def test_flower_reports_the_tasks_of_a_run(service: Service, ledger: Ledger) -> None:
+def test_flower_shows_a_run_to_those_who_may_look_and_takes_no_orders(service: Service, ledger: Ledger) -> None:
     flower = Browser(service.start_flower())
     name = service.worker.hostname()
     service.until(lambda: name in flower.see("/api/workers"), "Flower knows the worker")
+
+    for path in ("/", "/api/workers", "/api/tasks"):
+        assert flower.ask(path, credentials=None)[0] == HTTPStatus.UNAUTHORIZED
+        assert flower.ask(path, credentials="credits:guessed")[0] == HTTPStatus.UNAUTHORIZED
+    for order in (
+        f"/api/worker/shutdown/{name}",
+        f"/api/worker/queue/cancel-consumer/{name}?queue=batches",
+        f"/api/task/async-apply/{TaskNames.SCAN}",
+    ):
+        assert flower.ask(order, method="POST")[0] == HTTPStatus.FORBIDDEN
+    assert service.taken(TaskNames.SCAN, service.worker) == 0
+
     ledger.add_due_users(USERS)
     run_id = service.scan()
     service.until_finished(run_id)
@@ -58,20 +70,3 @@ def test_flower_reports_the_tasks_of_a_run(service: Service, ledger: Ledger) -> 
     assert {task["worker"] for task in batches} == {name}
     assert sorted(task["args"] for task in batches) == sorted(f"([{id_}],)" for id_ in ledger.batches("done"))
     assert len(succeeded(TaskNames.SCAN)) == 1
-
-
-def test_flower_asks_for_the_password_and_refuses_control(service: Service) -> None:
-    flower = Browser(service.start_flower())
-    name = service.worker.hostname()
-    service.until(lambda: name in flower.see("/api/workers"), "Flower knows the worker")
-    for path in ("/", "/api/workers", "/api/tasks"):
-        assert flower.ask(path, credentials=None)[0] == HTTPStatus.UNAUTHORIZED
-        assert flower.ask(path, credentials="credits:guessed")[0] == HTTPStatus.UNAUTHORIZED
-    for path in (
-        f"/api/worker/shutdown/{name}",
-        f"/api/worker/queue/cancel-consumer/{name}?queue=batches",
-        f"/api/task/async-apply/{TaskNames.SCAN}",
-    ):
-        assert flower.ask(path, method="POST")[0] == HTTPStatus.FORBIDDEN
-    assert service.taken(TaskNames.SCAN, service.worker) == 0
-    assert service.worker.container.status == "running"

@@ -212,7 +212,8 @@ def test_the_rule_is_inlined(world: World) -> None:
     world.scan()
     from refresh.batch import GRANT_MANY  # noqa: PLC0415 - the text is wanted here alone
 
-    statement = GRANT_MANY.replace("%(batch_id)s", "1").replace("%(deferred_seconds)s", "5")
+    statement = GRANT_MANY.replace("%(batch_id)s", "1").replace("%(backoff_seconds)s", "5")
+    statement = statement.replace("%(few)s", "10")
     plan = "\n".join(row["QUERY PLAN"] for row in world.rows(f"EXPLAIN (VERBOSE) {statement}"))
     assert "date_bin" in plan
     for function in ("decide", "refresh_window", "credits_to_add", "calendar_period", "calendar_boundary"):
@@ -229,3 +230,27 @@ def test_an_opened_run_is_not_finished_by_a_batch_of_another(world: World) -> No
     world.work(ids[2:])
     done = world.progress(run)
     assert (done.status, done.users_refreshed, done.batches_total) == ("succeeded", 250, 3)
+
+
+def test_grants_whose_sum_does_not_fit_are_granted_all_the_same(world: World) -> None:
+    for name in ("one", "two"):
+        world.user(name, credit_balance=0, custom_credit_amount=2**63 - 1)
+    run = world.refresh()
+    assert (run.status, run.users_refreshed, run.credits_granted) == ("succeeded", 2, 2**63 - 1)
+
+
+@pytest.mark.parametrize("date", ["infinity", "-infinity"])
+def test_an_infinite_date_is_refused(world: World, date: str) -> None:
+    ada = world.user()
+    with pytest.raises(psycopg.errors.CheckViolation, match="next_refresh_at"):
+        world.sql.execute("UPDATE users SET next_refresh_at = %s WHERE id = %s", (date, ada))
+
+
+def test_refused_by_the_key_a_user_moves_to_the_end_of_what_was_granted(world: World) -> None:
+    ada = world.user()
+    world.refresh()
+    granted_until = world.see(ada)["next_refresh_at"]
+    world.sql.execute("UPDATE plans SET interval_days = 7")
+    world.sql.execute("UPDATE users SET next_refresh_at = next_refresh_at - interval '30 days'")
+    world.refresh()
+    assert world.see(ada)["next_refresh_at"] == granted_until

@@ -97,3 +97,29 @@ def test_a_dry_run_does_not_wait_for_a_hosts_lock(world: World) -> None:
         host.execute("UPDATE users SET credit_balance = 0 WHERE id = %s", (ada,))
         (done,) = world.work(ids)
     assert done.users_refreshed == 1
+
+
+def test_scheduled_dry_runs_plan_a_user_again_in_the_next_window(world: World) -> None:
+    world.user()
+    for selected in (1, 0, 1):
+        run = world.scheduled(dry_run=True)
+        assert isinstance(run, runs.Opened)
+        assert run.users_selected == selected
+        world.work(world.claim(run))
+        world.sql.execute("UPDATE credit_refresh_runs SET slot = slot - interval '1 hour'")
+        if selected == 0:  # a month later
+            world.sql.execute(
+                """
+                UPDATE credit_refresh_histories
+                SET window_start = window_start - interval '30 days', window_end = window_end - interval '30 days'
+                """
+            )
+            world.sql.execute("UPDATE users SET next_refresh_at = next_refresh_at - interval '30 days'")
+    assert len(world.rows(PLANNED)) == 2
+
+
+def test_a_dry_run_that_looks_far_ahead_finds_its_partitions(world: World) -> None:
+    world.user(due_in="200 days")
+    run = world.refresh(dry_run=True, as_of=world.value("SELECT now() + interval '201 days'"))
+    assert run.users_refreshed == 1
+    assert world.value("SELECT count(*) FROM credit_refresh_histories_default") == 0

@@ -8,6 +8,7 @@ import psycopg
 import pytest
 
 from db import Database
+from refresh import delivery
 
 if TYPE_CHECKING:
     from tests.integration.world import World
@@ -82,16 +83,48 @@ def test_a_host_that_locks_in_the_other_order_is_never_the_deadlock_victim(world
 
 def test_waiting_for_a_lock_ends_before_postgresql_looks_for_deadlocks(world: World, database_url: str) -> None:
     with world.database.statements() as connection:
-        assert connection.execute("SHOW lock_timeout").fetchone() == ("10s",)  # the tests' deadlock_timeout is 20 s
-    world.sql.execute("ALTER DATABASE " + world.sql.info.dbname + " SET deadlock_timeout = '1s'")
+        assert connection.execute("SHOW lock_timeout").fetchone() == ("10s",)
+    world.sql.execute("ALTER DATABASE " + world.sql.info.dbname + " SET deadlock_timeout = '600ms'")
     ada = world.user()
     ids = world.claim(world.scan())
     other = Database(database_url, "credits", name="other")
     with world.host() as host, other.statements() as connection:
-        assert connection.execute("SHOW lock_timeout").fetchone() == ("500ms",)
+        assert connection.execute("SHOW lock_timeout").fetchone() == ("300ms",)
         host.execute(SPEND, (1, ada))
         from refresh.batch import GRANT_ONE, refresh_batch  # noqa: PLC0415 - the statement is wanted here alone
 
         with pytest.raises(psycopg.errors.LockNotAvailable):
             refresh_batch(connection, ids[0], GRANT_ONE)
     assert world.history(ada) == []
+
+
+def test_users_who_are_locked_again_get_a_batch_each_and_wait_their_turn(world: World) -> None:
+    ids = [world.user(name) for name in ("ada", "bob", "cyd")]
+    run = world.scan()
+    pending = "SELECT id, user_ids, attempts FROM credit_refresh_batches WHERE status = 'pending' ORDER BY user_ids"
+    with world.host() as host:
+        host.execute("UPDATE users SET credit_balance = 1 WHERE id = ANY (%s)", (ids[:2],))
+        world.work(world.claim(run))
+        (again,) = world.rows(pending)
+        assert (again["user_ids"], again["attempts"]) == (ids[:2], 1)
+        world.work([again["id"]])
+        assert [row["user_ids"] for row in world.rows(pending)] == [[id_] for id_ in ids[:2]]
+        host.commit()
+    world.work([row["id"] for row in world.rows(pending)])
+    done = world.progress(run)
+    assert (done.status, done.users_refreshed, done.users_selected) == ("succeeded", 3, 3)
+
+
+def test_of_a_batch_that_somebody_else_has_no_failure_is_noted(world: World) -> None:
+    ada = world.user()
+    ids = world.claim(world.scan())
+    with world.host() as host, world.background(ids) as worker:
+        host.execute(SPEND, (1, ada))
+        worker.start()
+        world.until(lambda: world.waiting("test") == 1, "the batch waits for the host")
+        with world.database.statements() as connection:
+            assert delivery.record_failure(connection, ids[0], "not mine") == 0
+            delivery.unclaim_batches(connection, ids)
+        host.commit()
+        worker.result()
+    assert world.value("SELECT attempts FROM credit_refresh_batches") == 0

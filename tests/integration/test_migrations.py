@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 import psycopg
 import pytest
 from alembic import command
+from alembic.config import Config
+from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy.exc import OperationalError
 
 from cli.database import alembic, migrate
-from db import Database, DatabaseError
+from db import ALEMBIC_INI, REVISION, Database, DatabaseError
 from refresh.partitions import ensure_partitions
 
 if TYPE_CHECKING:
@@ -113,6 +115,10 @@ def test_a_database_that_is_not_migrated_is_refused_in_one_line(empty: Database)
         empty.require_migrated()
 
 
+def test_the_code_names_the_newest_migration() -> None:
+    assert ScriptDirectory.from_config(Config(ALEMBIC_INI)).get_current_head() == REVISION
+
+
 def test_a_database_of_another_release_is_refused_in_one_line(world: World) -> None:
     world.sql.execute("UPDATE alembic_version SET version_num = '9999'")
     with pytest.raises(DatabaseError, match="at migration 9999, this release needs"):
@@ -144,6 +150,17 @@ def test_upkeep_makes_the_partitions_of_the_coming_months_and_protects_them(worl
         assert ensure_partitions(connection) == [gone]
     with pytest.raises(psycopg.errors.InsufficientPrivilege, match="append-only"):
         world.sql.execute(f"TRUNCATE {gone}")
+
+
+@pytest.mark.parametrize("parent", ["credit_refresh_histories", "credit_audit_logs"])
+def test_upkeep_notices_whichever_partition_is_missing_and_keeps_out_of_another_upkeeps_way(
+    world: World, parent: str
+) -> None:
+    gone = world.value("SELECT %s || to_char(now() + interval '2 months', '\"_y\"YYYY\"m\"MM')", parent)
+    world.sql.execute(f"DROP TABLE {gone}")
+    with world.database.transaction() as first, world.host() as other:
+        assert ensure_partitions(first) == [gone]
+        assert other.execute("SELECT ensure_partitions(now(), 3)").fetchall() == []
 
 
 def test_a_month_that_has_rows_in_the_default_partition_stays_there(world: World) -> None:

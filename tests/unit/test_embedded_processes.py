@@ -145,10 +145,13 @@ def test_a_missing_program_is_one_clear_line() -> None:
 
 
 SUPERVISOR = """
-    import sys, time
+    import signal
     from pathlib import Path
     import settings
     from embedded.processes import Supervisor, unwind_on_signals
+    # Whoever runs the tests behind nohup or in a shell's background has these ignored, and children inherit that.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     unwind_on_signals()
     with Supervisor() as supervisor:
         child = supervisor.start("child", ["sleep", "60"], env=settings.environment(), cwd=Path("/"))

@@ -26,6 +26,10 @@ DECLARE
     to_month timestamptz;
     astray boolean;
 BEGIN
+    -- Somebody else is at it.
+    IF NOT pg_try_advisory_xact_lock(hashtextextended(current_schema() || '.ensure_partitions', 0)) THEN
+        RETURN;
+    END IF;
     FOR parent, key_column, from_month IN
         SELECT p.name, p.key_column, date_trunc('month', at) + make_interval(months => m)
         FROM (VALUES ('credit_refresh_histories', 'window_start'), ('credit_audit_logs', 'occurred_at'))
@@ -37,9 +41,15 @@ BEGIN
         CONTINUE WHEN to_regclass(format('%I', part)) IS NOT NULL;
         EXECUTE format('SELECT EXISTS (SELECT FROM %I WHERE %I >= %L AND %I < %L)',
             parent || '_default', key_column, from_month, key_column, to_month) INTO astray;
-        CONTINUE WHEN astray;
-        EXECUTE format('CREATE TABLE %I PARTITION OF %I FOR VALUES FROM (%L) TO (%L)',
-            part, parent, from_month, to_month);
+        IF astray THEN
+            RAISE WARNING '% has rows in % already: they stay there', parent || '_default', part;
+            CONTINUE;
+        END IF;
+        -- Attached, not created in place, which would lock the parent against every batch.
+        EXECUTE format('CREATE TABLE %I (LIKE %I INCLUDING DEFAULTS INCLUDING CONSTRAINTS INCLUDING INDEXES)',
+            part, parent);
+        EXECUTE format('ALTER TABLE %I ATTACH PARTITION %I FOR VALUES FROM (%L) TO (%L)',
+            parent, part, from_month, to_month);
         IF parent = 'credit_audit_logs' THEN
             EXECUTE format('CREATE TRIGGER audit_is_not_truncated BEFORE TRUNCATE ON %I '
                 'FOR EACH STATEMENT EXECUTE FUNCTION refuse_audit_change()', part);

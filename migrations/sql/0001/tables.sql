@@ -62,7 +62,9 @@ CREATE TABLE users (
     CONSTRAINT fk_users_plan_code_plans FOREIGN KEY (plan_code) REFERENCES plans (code),
     -- The anniversary of a yearly subscription: admitted with the calendar cadences that read it.
     CONSTRAINT ck_users_credit_refresh_day CHECK (credit_refresh_day IS NULL),
-    CONSTRAINT ck_users_custom_credit_amount CHECK (custom_credit_amount > 0)
+    CONSTRAINT ck_users_custom_credit_amount CHECK (custom_credit_amount > 0),
+    -- An infinite date has no window, and would fail its whole batch.
+    CONSTRAINT ck_users_next_refresh_at CHECK (isfinite(next_refresh_at))
 );
 CREATE INDEX ix_users_wake_at ON users (wake_at) WHERE wake_at IS NOT NULL;
 
