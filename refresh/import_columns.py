@@ -29,6 +29,7 @@ _SHOWN_PLANS = 10
 
 _WHOLE_NUMBER = re.compile(r"[+-]?[0-9]+")
 _MAX_DIGITS = 40
+DAYS_OF_A_MONTH = 31
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
@@ -63,9 +64,9 @@ def shown(cell: str) -> str:
 
 
 def fetch_known(connection: psycopg.Connection[Any], columns: Collection[str]) -> Known:
-    """Fetch what the columns need: reading the time zones takes PostgreSQL up to half a second."""
+    """Fetch what the columns need: the names that the foreign keys will admit."""
     plans = connection.execute("SELECT code FROM plans") if "plan_code" in columns else ()
-    timezones = connection.execute("SELECT name FROM pg_timezone_names") if "timezone" in columns else ()
+    timezones = connection.execute("SELECT name FROM timezones") if "timezone" in columns else ()
     return Known(frozenset(code for (code,) in plans), frozenset(name for (name,) in timezones))
 
 
@@ -92,6 +93,13 @@ def _amount(cell: str, known: Known) -> int:
     value = _integer(cell, known)
     if value <= 0:
         raise ValueError("is not greater than 0 (leave it empty for the plan's amount)")
+    return value
+
+
+def _day(cell: str, known: Known) -> int:
+    value = _integer(cell, known)
+    if not 1 <= value <= DAYS_OF_A_MONTH:
+        raise ValueError("is not a day from 1 to 31")
     return value
 
 
@@ -129,7 +137,6 @@ def _timezone(cell: str, known: Known) -> str:
     return cell
 
 
-# credit_refresh_day is missing on purpose: a CHECK refuses it until there are calendar cadences that read it.
 COLUMNS = {
     column.name: column
     for column in (
@@ -142,6 +149,7 @@ COLUMNS = {
         Column("credit_refresh_hold", "boolean", _boolean, empty=False),
         Column("hold_reason", "text", _text),
         Column("hold_until", "timestamptz", _instant),
+        Column("credit_refresh_day", "smallint", _day),
         Column("custom_credit_amount", "bigint", _amount),
         Column("timezone", "text", _timezone),
         Column("active", "boolean", _boolean, empty=True),

@@ -147,9 +147,8 @@ def test_a_window_granted_already_gives_no_credits_and_moves_the_user_on(world: 
     world.refresh()
     window_end = world.see(ada)["next_refresh_at"]
     # As after a restore of the users table alone: the date is back, the ledger is not.
-    world.sql.execute(
-        "UPDATE users SET credit_balance = 3, next_refresh_at = next_refresh_at - interval '30 days' WHERE id = %s",
-        (ada,),
+    world.restore(
+        "UPDATE users SET credit_balance = 3, next_refresh_at = next_refresh_at - interval '30 days' WHERE id = %s", ada
     )
     run = world.refresh()
     assert (run.status, run.users_refreshed, run.users_skipped, run.credits_granted) == ("succeeded", 0, 1, 0)
@@ -251,6 +250,6 @@ def test_refused_by_the_key_a_user_moves_to_the_end_of_what_was_granted(world: W
     world.refresh()
     granted_until = world.see(ada)["next_refresh_at"]
     world.sql.execute("UPDATE plans SET interval_days = 7")
-    world.sql.execute("UPDATE users SET next_refresh_at = next_refresh_at - interval '30 days'")
+    world.restore("UPDATE users SET next_refresh_at = next_refresh_at - interval '30 days'")
     world.refresh()
     assert world.see(ada)["next_refresh_at"] == granted_until

@@ -17,7 +17,7 @@ def test_the_window_that_falls_due_under_hold_leaves_one_row_however_often_the_s
         assert world.refresh().users_selected == 0
     (history,) = world.history(ada)
     assert (history["status"], history["credits_added"], history["window_start"]) == ("held", 0, due)
-    assert [row["action"] for row in world.audit(ada)] == ["held"]
+    assert [row["action"] for row in world.audit(ada)] == ["hold_set", "held"]
     user = world.see(ada)
     assert (user["credit_balance"], user["next_refresh_at"], user["held_window"]) == (400, due, due)
     assert user["wake_at"] is None

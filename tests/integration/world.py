@@ -103,6 +103,12 @@ class World:
             (due_in, count),
         )
 
+    def restore(self, change: str, *parameters: object) -> None:
+        """Change users past all triggers, as a restore of that table alone does."""
+        self.sql.execute("SET session_replication_role = replica")
+        self.sql.execute(change, parameters)
+        self.sql.execute("RESET session_replication_role")
+
     def see(self, user_id: int) -> dict[str, Any]:
         return self.row("SELECT * FROM users WHERE id = %s", user_id)
 

@@ -32,7 +32,7 @@ def rows(content: bytes) -> list[Row]:
         (b"\n\n", "users.csv is empty"),
         (b"external_id,balance\n", "line 1: unknown column 'balance'"),
         (b"\nexternal_id,balance\n", "line 2: unknown column 'balance'"),
-        (b"external_id,credit_refresh_day\n", "unknown column 'credit_refresh_day'"),
+        (b"external_id,refresh_day\n", "unknown column 'refresh_day'"),
         (b"external_id,held_window\n", "unknown column 'held_window'"),
         (b"External_ID\n", "unknown column 'External_ID'"),
         (b"external_id;email\n", "unknown column 'external_id;email'; cells are separated by commas"),
