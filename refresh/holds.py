@@ -34,7 +34,7 @@ class Held:
 
 
 # For the transaction alone: audit_hold reads it.
-_ACTOR = "SELECT set_config('credits.actor', %(actor)s, true)"
+ACTOR = "SELECT set_config('credits.actor', %(actor)s, true)"
 _PASSED = "SELECT %(until)s::timestamptz <= now()"
 
 _HOLD = """
@@ -84,7 +84,7 @@ def hold(
         raise RefusedError("a hold needs a reason: whoever asks why gets it to read")
     if until is not None and one(connection.execute(_PASSED, {"until": until}))[0]:
         raise RefusedError(f"{until.isoformat()} has passed: a hold ends in the future")
-    connection.execute(_ACTOR, {"actor": actor})
+    connection.execute(ACTOR, {"actor": actor})
     parameters = {"external_id": external_id, "reason": reason.strip(), "until": until}
     with connection.cursor(row_factory=class_row(Held)) as cursor:
         held = cursor.execute(_HOLD, parameters).fetchone()
@@ -102,7 +102,7 @@ def release(connection: psycopg.Connection[Any], external_id: str, *, actor: str
     Raises:
         RefusedError: no such user.
     """
-    connection.execute(_ACTOR, {"actor": actor})
+    connection.execute(ACTOR, {"actor": actor})
     row = connection.execute(_RELEASE, {"external_id": external_id}).fetchone()
     if row is None:
         raise RefusedError(f"there is no user {external_id!r}")

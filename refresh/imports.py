@@ -17,6 +17,7 @@ from psycopg.sql import SQL, Composed, Identifier
 from psycopg.types.json import Jsonb
 
 from db import one
+from refresh.holds import ACTOR
 from refresh.import_columns import BALANCE, KEY, NEXT, Column, Known, Value, convert_row, fetch_known
 from refresh.runs import RefusedError
 
@@ -181,6 +182,7 @@ def import_users(
     if not one(connection.execute(_ALONE))[0]:
         raise RefusedError("Another import is running: try again when it has ended")
     connection.execute(_PATIENCE, (f"{STATEMENT_TIMEOUT_SECONDS}s",))
+    connection.execute(ACTOR, {"actor": actor})  # of the holds that it sets and ends
     statements = _Statements.of(file.columns)
     _load(connection, file, statements, on_progress)
     on_progress("Checking", file.read)

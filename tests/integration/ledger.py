@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from tests.integration.world import World
 
@@ -48,3 +49,13 @@ def check_ledger(world: World, rest: Mapping[int, int] | None = None) -> None:
     assert world.rows(_UNLIKE) == []
     if rest is not None:
         assert {row["id"]: row["rest"] for row in world.rows(_NOT_OURS)} == rest
+
+
+@contextmanager
+def behind_the_triggers(world: World) -> Iterator[None]:
+    """As after a restore of the users table alone: it is as it was, and the ledger is not."""
+    world.sql.execute("SET session_replication_role = replica")
+    try:
+        yield
+    finally:
+        world.sql.execute("RESET session_replication_role")

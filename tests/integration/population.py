@@ -18,6 +18,7 @@ MODES = ("fill", "reset", "add", "rollover")
 PLANS = [f"{cadence}-{mode}" for cadence in CADENCES for mode in MODES]
 ZONES = ("UTC", "Europe/Berlin", "America/New_York", "Asia/Kathmandu", "Pacific/Kiritimati", "Pacific/Apia")
 LARGEST = 2**63 - 1
+LARGE = 2**62
 
 _PLANS = """
 INSERT INTO plans (code, name, amount, grant_mode, rollover_cap, cadence, interval_days, day_of_month, time_of_day,
@@ -44,23 +45,35 @@ offsets = st.one_of(
     st.integers(-90 * 24 * 60, -10).map(lambda minutes: timedelta(minutes=minutes)),
     st.none(),
 )
-balances = st.one_of(
-    st.integers(-2_000, 5_000), st.sampled_from([0, 300, 1_000, LARGEST, LARGEST - 1_000, -LARGEST - 1, -LARGEST])
+ordinary = {
+    "plan": st.one_of(st.sampled_from([*PLANS, "retired"]), st.sampled_from(PLANS[:12]), st.none()),
+    "balance": st.one_of(st.integers(-2_000, 5_000), st.sampled_from([0, 300, 1_000])),
+    "due": offsets,
+    "hold": st.sampled_from([False, False, False, True]),
+    "hold_for": st.sampled_from([None, None, timedelta(minutes=-10), timedelta(days=2)]),
+    "custom": st.sampled_from([None, None, None, 1, 7_777]),
+    "day": st.sampled_from([None, None, 1, 15, 29, 31]),
+    "zone": st.sampled_from([None, *ZONES]),
+    "active": st.sampled_from([True, True, True, True, False]),
+}
+
+
+def users(**other: st.SearchStrategy[object]) -> st.SearchStrategy[dict[str, object]]:
+    """Made-up users, of whom something is chosen otherwise."""
+    return st.fixed_dictionaries({**ordinary, **other})
+
+
+# Few, and one alone who gets or loses much: the sum of a run's credits has to fit, too.
+overflowing = st.one_of(
+    users(plan=st.sampled_from(["rolling-add", "monthly-add", "daily-add"]), balance=st.just(LARGEST)),
+    users(plan=st.sampled_from(["rolling-fill", "monthly-reset", "daily-fill"]), balance=st.just(-LARGEST - 1)),
 )
-users = st.fixed_dictionaries(
-    {
-        "plan": st.one_of(st.sampled_from([*PLANS, "retired"]), st.sampled_from(PLANS[:12]), st.none()),
-        "balance": balances,
-        "due": offsets,
-        "hold": st.sampled_from([False, False, False, True]),
-        "hold_for": st.sampled_from([None, None, timedelta(minutes=-10), timedelta(days=2)]),
-        "custom": st.sampled_from([None, None, None, 1, 7_777, LARGEST]),
-        "day": st.sampled_from([None, None, 1, 15, 29, 31]),
-        "zone": st.sampled_from([None, *ZONES]),
-        "active": st.sampled_from([True, True, True, True, False]),
-    }
+large = st.one_of(
+    users(balance=st.sampled_from([LARGE, -LARGE])), users(custom=st.just(LARGE)), users(balance=st.just(-1))
 )
-populations = st.lists(users, min_size=40, max_size=50)
+populations = st.tuples(
+    st.lists(users(), min_size=40, max_size=50), st.lists(overflowing, max_size=3), st.lists(large, max_size=1)
+).map(lambda parts: [person for part in parts for person in part])
 
 
 def add_plans(world: World) -> None:

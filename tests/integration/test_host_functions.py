@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
 
-from tests.integration.ledger import check_ledger
+from tests.integration.ledger import behind_the_triggers, check_ledger
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,16 +19,6 @@ if TYPE_CHECKING:
 DAYS_30 = timedelta(days=30)
 IF_DUE = "SELECT refresh_credits_if_due(%s)"
 DUE = "SELECT refresh_due(%s)"
-
-
-@contextmanager
-def behind_the_triggers(world: World) -> Iterator[None]:
-    """As after a restore of the users table alone: it is as it was, and the ledger is not."""
-    world.sql.execute("SET session_replication_role = replica")
-    try:
-        yield
-    finally:
-        world.sql.execute("RESET session_replication_role")
 
 
 @contextmanager
@@ -257,7 +247,8 @@ def test_the_callers_search_path_and_tables_do_not_matter(world: World) -> None:
         host.execute("SET timezone = 'Pacific/Apia'")
         host.execute("SET datestyle = 'SQL, DMY'")
         host.execute("SET intervalstyle = 'sql_standard'")
-        (said,) = host.execute("SELECT credits.refresh_credits_if_due('ada')").fetchone() or ({},)
+        (said,) = host.execute("SELECT credits.refresh_credits_if_due('ada')").fetchone() or (None,)
+        assert said is not None
         assert said["refreshed"] is True
         host.execute("INSERT INTO credits.users (external_id, plan_code) VALUES ('bob', 'pro')")
         host.commit()
@@ -275,10 +266,16 @@ def test_all_who_are_due_are_refreshed(world: World) -> None:
     world.user("later", due_in="1 day")
     said = world.value(DUE, 1_000)
     at = said.pop("at")
-    granted = world.row("SELECT count(*) AS users, sum(credits_added) AS credits FROM credit_refresh_histories"
-                        " WHERE status = 'refreshed' AND source = 'function'")
+    granted = world.row(
+        "SELECT count(*) AS users, sum(credits_added) AS credits FROM credit_refresh_histories"
+        " WHERE status = 'refreshed' AND source = 'function'"
+    )
     assert said == {
-        "success": True, "refreshed": 30, "creditsGranted": int(granted["credits"]), "held": 1, "more": False,
+        "success": True,
+        "refreshed": 30,
+        "creditsGranted": int(granted["credits"]),
+        "held": 1,
+        "more": False,
     }
     assert granted["users"] == 30
     assert world.value("SELECT max(created_at) = %s::timestamptz FROM credit_refresh_histories", at)
@@ -315,11 +312,15 @@ def test_users_whom_somebody_else_has_locked_are_left_out(world: World) -> None:
 def test_who_can_have_nothing_is_not_looked_at(world: World) -> None:
     world.sql.execute("INSERT INTO plans (code, name, amount, cadence) VALUES ('hooked', 'Hooked', 5, 'external')")
     world.sql.execute("INSERT INTO plans (code, name, amount, active) VALUES ('old', 'Old', 5, false)")
-    for name, columns in {
-        "none": {"plan_code": None}, "external": {"plan_code": "hooked"}, "retired": {"plan_code": "old"},
-        "asleep": {"active": False}, "unscheduled": {"due_in": None},
-    }.items():
-        world.user(name, **columns)  # type: ignore[arg-type] - each is a column of its own type
+    nobody: dict[str, dict[str, Any]] = {
+        "none": {"plan_code": None},
+        "external": {"plan_code": "hooked"},
+        "retired": {"plan_code": "old"},
+        "asleep": {"active": False},
+        "unscheduled": {"due_in": None},
+    }
+    for name, columns in nobody.items():
+        world.user(name, **columns)
     said = world.value(DUE, 1)
     assert (said["success"], said["refreshed"], said["more"]) == (True, 0, False)
     assert world.rows("SELECT * FROM credit_refresh_histories") == []

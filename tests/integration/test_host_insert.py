@@ -152,7 +152,9 @@ def test_an_upsert_of_an_existing_user_grants_nothing(world: World, upsert: str)
     ada = insert(world)
     world.sql.execute("UPDATE users SET credit_balance = 123")
     before = world.see(ada)
-    statement = "INSERT INTO users (external_id, plan_code, email) VALUES ('ada', 'pro', 'ada@example.org') ON CONFLICT "
+    statement = (
+        "INSERT INTO users (external_id, plan_code, email) VALUES ('ada', 'pro', 'ada@example.org') ON CONFLICT "
+    )
     for _ in range(3):
         world.sql.execute(statement + UPSERTS[upsert])
     after = world.see(ada)
@@ -272,7 +274,10 @@ def test_several_rows_at_once(world: World) -> None:
 
 
 def test_a_copy_with_empty_balances(world: World) -> None:
-    with world.sql.cursor() as cursor, cursor.copy("COPY users (external_id, plan_code, credit_balance) FROM STDIN") as c:
+    with (
+        world.sql.cursor() as cursor,
+        cursor.copy("COPY users (external_id, plan_code, credit_balance) FROM STDIN") as c,
+    ):
         for n in range(1_000):
             c.write_row((f"user-{n}", "free", None if n % 2 else 7))
     found = world.row(

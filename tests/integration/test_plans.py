@@ -6,7 +6,6 @@ import json
 import os
 import pty
 import subprocess
-from datetime import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,7 +13,7 @@ import pytest
 from refresh import plans
 from refresh.runs import RefusedError
 from tests.integration.command import CREDITS, refused
-from tests.integration.planning import DAILY, MONTHLY, draft, move, save, stored
+from tests.integration.planning import DAILY, MONTHLY, draft, save, stored
 
 if TYPE_CHECKING:
     from tests.integration.command import Cli
