@@ -94,6 +94,7 @@ class Host:
             world.sql.execute("UPDATE users SET next_refresh_at = %s", (at,))
 
     def change(self, user_id: int, what: str, value: object) -> None:
+        parameters: tuple[object, ...]
         if what == "set_to":
             assignment, parameters = "next_refresh_at = coalesce(%s::timestamptz, now()) + %s", (self.at, value)
         else:
