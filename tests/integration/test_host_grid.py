@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tests.integration.world import World
 
 USERS = 2
+ANOTHER_AGE = timedelta(days=100_000)
 many = settings(
     max_examples=120,
     deadline=None,
@@ -90,8 +91,7 @@ class Host:
         self.at = at
         world.sql.execute("DELETE FROM users")
         self.users = [world.user(f"user-{n}", plan_code="rolling-add", due_in="-1 hour") for n in range(USERS)]
-        if at is not None:
-            world.sql.execute("UPDATE users SET next_refresh_at = %s", (at,))
+        world.sql.execute("UPDATE users SET next_refresh_at = coalesce(%s, now() - interval '1 hour')", (at,))
 
     def change(self, user_id: int, what: str, value: object) -> None:
         parameters: tuple[object, ...]
@@ -108,11 +108,13 @@ class Host:
                 "UPDATE users SET next_refresh_at = next_refresh_at - %(by)s, held_window = held_window - %(by)s",
                 {"by": elapsed},
             )
-            self.world.sql.execute(
-                "UPDATE credit_refresh_histories SET window_start = window_start - %(by)s,"
-                " window_end = window_end - %(by)s WHERE user_id = ANY (%(users)s)",
-                {"by": elapsed, "users": self.users},
-            )
+            # By way of another age: on its way, a window must not meet the one before it under the unique key.
+            for by in (elapsed + ANOTHER_AGE, -ANOTHER_AGE):
+                self.world.sql.execute(
+                    "UPDATE credit_refresh_histories SET window_start = window_start - %(by)s,"
+                    " window_end = window_end - %(by)s WHERE user_id = ANY (%(users)s)",
+                    {"by": by, "users": self.users},
+                )
 
     def refresh(self, path: str) -> None:
         if path == "scan":
@@ -191,8 +193,8 @@ FLIPS: dict[str, tuple[Change, Change]] = {
 @pytest.mark.parametrize("flip", FLIPS)
 def test_flipped_a_hundred_times_there_is_one_grant(planned: World, flip: str) -> None:
     host = Host(planned)
-    host.change(host.users[1], "plan_code", "monthly-add")
     host.refresh("scan")
+    host.change(host.users[1], "plan_code", "monthly-add")
     granted = {user_id: len(planned.history(user_id)) for user_id in host.users}
     for _ in range(50):
         for what, value in FLIPS[flip]:

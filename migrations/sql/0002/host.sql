@@ -33,8 +33,9 @@ BEGIN
     IF EXISTS (SELECT FROM settings WHERE NOT enabled OR dry_run) THEN
         RETURN granted;
     END IF;
-    granted.newly_held := d.verdict = 'held' AND u.next_refresh_at <= now() AND d.window_start IS NOT NULL
-        AND u.held_window IS DISTINCT FROM u.next_refresh_at;
+    -- Without a date nothing has fallen due: not NULL, which is not false either.
+    granted.newly_held := d.verdict = 'held' AND coalesce(u.next_refresh_at <= now(), false)
+        AND d.window_start IS NOT NULL AND u.held_window IS DISTINCT FROM u.next_refresh_at;
     IF d.verdict <> 'due' AND NOT granted.newly_held THEN
         RETURN granted;
     END IF;
