@@ -154,7 +154,9 @@ counts AS (
             + (SELECT count(*) FROM missed WHERE NOT is_there) AS skipped,
         coalesce((SELECT sum(users) FROM deferred), 0) AS deferred,
         -- A statistic, where two grants of nearly 2^63 must not fail the batch.
-        least(coalesce((SELECT sum(credits_added) FROM history), 0), 9223372036854775807) AS credits
+        greatest(
+            least(coalesce((SELECT sum(credits_added) FROM history), 0), 9223372036854775807), -9223372036854775807
+        ) AS credits
 )
 """
 
@@ -183,7 +185,9 @@ counts AS (
         cardinality(b.user_ids) - (SELECT count(*) FROM history)
             - (SELECT count(*) FROM decided WHERE verdict IN ('held', 'overflow')) AS skipped,
         0 AS deferred,
-        least(coalesce((SELECT sum(credits_added) FROM history), 0), 9223372036854775807) AS credits
+        greatest(
+            least(coalesce((SELECT sum(credits_added) FROM history), 0), 9223372036854775807), -9223372036854775807
+        ) AS credits
     FROM batch AS b
 ),
 audit AS (

@@ -278,7 +278,7 @@ FROM (
         run_id, count(*) AS batches, sum(users_refreshed) AS refreshed, sum(users_held) AS held,
         sum(users_skipped) AS skipped, min(error) AS error,
         -- A statistic, where two grants of nearly 2^63 must not keep the run from ending.
-        least(sum(credits_granted), 9223372036854775807)::bigint AS credits,
+        greatest(least(sum(credits_granted), 9223372036854775807), -9223372036854775807)::bigint AS credits,
         sum(CASE status WHEN 'failed' THEN cardinality(user_ids) ELSE users_failed END) AS failed
     FROM credit_refresh_batches
     WHERE run_id = ANY (%(run_ids)s)
@@ -345,7 +345,8 @@ SELECT
     coalesce(sum(b.users_held), 0)::bigint AS users_held,
     coalesce(sum(b.users_skipped), 0)::bigint AS users_skipped,
     coalesce(sum(t.failed), 0)::bigint AS users_failed,
-    least(coalesce(sum(b.credits_granted), 0), 9223372036854775807)::bigint AS credits_granted,
+    greatest(least(coalesce(sum(b.credits_granted), 0), 9223372036854775807), -9223372036854775807)::bigint
+        AS credits_granted,
     count(b.id)::integer AS batches_total,
     (count(b.id) FILTER (WHERE b.status <> 'pending'))::integer AS batches_done,
     extract(epoch FROM coalesce(r.finished_at, clock_timestamp()) - r.started_at)::float AS seconds,

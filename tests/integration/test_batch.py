@@ -238,6 +238,14 @@ def test_grants_whose_sum_does_not_fit_are_granted_all_the_same(world: World) ->
     assert (run.status, run.users_refreshed, run.credits_granted) == ("succeeded", 2, 2**63 - 1)
 
 
+def test_resets_whose_sum_does_not_fit_are_done_all_the_same(world: World) -> None:
+    world.sql.execute("UPDATE plans SET grant_mode = 'reset'")
+    for name in ("one", "two", "three"):
+        world.user(name, credit_balance=2**63 - 1)
+    run = world.refresh()
+    assert (run.status, run.users_refreshed, run.credits_granted) == ("succeeded", 3, -(2**63 - 1))
+
+
 @pytest.mark.parametrize("date", ["infinity", "-infinity"])
 def test_an_infinite_date_is_refused(world: World, date: str) -> None:
     ada = world.user()
