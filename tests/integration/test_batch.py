@@ -261,3 +261,13 @@ def test_refused_by_the_key_a_user_moves_to_the_end_of_what_was_granted(world: W
     world.restore("UPDATE users SET next_refresh_at = next_refresh_at - interval '30 days'")
     world.refresh()
     assert world.see(ada)["next_refresh_at"] == granted_until
+
+
+def test_a_date_that_was_taken_away_comes_back_no_earlier_than_the_last_grants_end(world: World) -> None:
+    ada = world.user()
+    world.refresh()
+    granted_until = world.see(ada)["next_refresh_at"]
+    world.sql.execute("UPDATE users SET next_refresh_at = NULL, last_credit_refresh = NULL")
+    world.sql.execute("UPDATE users SET next_refresh_at = now() - interval '1 minute', credit_balance = 0")
+    assert world.see(ada)["next_refresh_at"] == granted_until
+    assert world.refresh().users_selected == 0

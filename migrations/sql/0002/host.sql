@@ -251,8 +251,8 @@ CREATE TRIGGER keep_to_grid BEFORE UPDATE OF plan_code, credit_refresh_day, time
         IS DISTINCT FROM (new.plan_code, new.credit_refresh_day, new.timezone)
     ) EXECUTE FUNCTION {schema}.keep_to_grid();
 CREATE TRIGGER keep_granted_windows BEFORE UPDATE OF next_refresh_at ON {schema}.users
-    FOR EACH ROW WHEN (new.next_refresh_at < old.next_refresh_at OR (old.next_refresh_at IS NULL
-        AND new.next_refresh_at IS NOT NULL AND old.last_credit_refresh IS NOT NULL))
+    FOR EACH ROW WHEN (new.next_refresh_at < old.next_refresh_at
+        OR (old.next_refresh_at IS NULL AND new.next_refresh_at IS NOT NULL))
     EXECUTE FUNCTION {schema}.keep_to_grid();
 
 -- Who set, changed and ended a hold, whichever way it was done. A command says who asks in credits.actor.
