@@ -34,6 +34,7 @@ class Batch(Base):
     run_id: Mapped[UUID] = mapped_column(ForeignKey("credit_refresh_runs.id"))
     seq: Mapped[int] = mapped_column(Integer)
     user_ids: Mapped[list[int]] = mapped_column(ARRAY(BigInteger))
+    atomic: Mapped[bool] = mapped_column(server_default=text("false"))
     status: Mapped[str] = mapped_column(server_default="pending")
     attempts: Mapped[int] = mapped_column(Integer, server_default=text("0"))
     next_attempt_at: Mapped[datetime | None]

@@ -52,8 +52,20 @@ class History(Base):
             unique=True,
             postgresql_where=text("status = 'planned' AND reason = 'scheduled'"),
         ),
-        # Everything but live grants, by run: failures to show, plans to apply. Costs a grant nothing.
-        Index("ix_credit_refresh_histories_run_id", "run_id", postgresql_where=text("status <> 'refreshed'")),
+        # Everything but grants, by run: failures to show, plans to apply. Costs a grant nothing.
+        Index(
+            "ix_credit_refresh_histories_run_id_user_id",
+            "run_id",
+            "user_id",
+            postgresql_where=text("status <> 'refreshed'"),
+        ),
+        # With the unique keys over live grants and held windows, a user's whole history. Costs a grant nothing.
+        Index(
+            "ix_credit_refresh_histories_user_id",
+            "user_id",
+            "window_start",
+            postgresql_where=text("status IN ('failed', 'skipped', 'reversed') OR reversed_by_run_id IS NOT NULL"),
+        ),
         {"postgresql_partition_by": "RANGE (window_start)"},
     )
 
@@ -79,4 +91,5 @@ class History(Base):
     reason: Mapped[str | None]
     error: Mapped[str | None]
     reversed_by_run_id: Mapped[UUID | None]
+    digest: Mapped[bytes | None]
     created_at: Mapped[datetime] = mapped_column(server_default=text("now()"))

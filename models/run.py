@@ -23,6 +23,10 @@ class Run(Base):
         CheckConstraint("status IN ('running', 'succeeded', 'partial', 'failed', 'cancelled')", name="status"),
         CheckConstraint("(status = 'running') = (finished_at IS NULL)", name="finished"),
         CheckConstraint("slot IS NULL OR source = 'beat'", name="slot_is_beats"),
+        CheckConstraint("work IN ('refresh', 'apply', 'rollback', 'regrid')", name="work"),
+        CheckConstraint("kind IN (work, 'retry')", name="kind_is_work"),
+        CheckConstraint("(work IN ('apply', 'rollback')) = (subject_run_id IS NOT NULL)", name="subject"),
+        CheckConstraint("amount > 0", name="amount"),
         # Two beats, one run: the second finds the slot taken.
         Index("uq_credit_refresh_runs_slot", "slot", unique=True, postgresql_where=text("NOT dry_run")),
         Index("uq_credit_refresh_runs_slot_dry", "slot", unique=True, postgresql_where=text("dry_run")),
@@ -40,14 +44,18 @@ class Run(Base):
 
     id: Mapped[UUID] = mapped_column(primary_key=True, server_default=text("gen_random_uuid()"))
     kind: Mapped[str] = mapped_column(server_default="refresh")
+    work: Mapped[str] = mapped_column(server_default="refresh")
     source: Mapped[str]
     status: Mapped[str] = mapped_column(server_default="running")
     dry_run: Mapped[bool] = mapped_column(server_default=text("false"))
     as_of: Mapped[datetime | None]
     slot: Mapped[datetime | None]
     parent_run_id: Mapped[UUID | None] = mapped_column(ForeignKey("credit_refresh_runs.id"))
+    subject_run_id: Mapped[UUID | None] = mapped_column(ForeignKey("credit_refresh_runs.id"))
     selection: Mapped[dict[str, Any]] = mapped_column(JSONB, server_default=text("'{}'"))
     force: Mapped[bool] = mapped_column(server_default=text("false"))
+    keep_window: Mapped[bool] = mapped_column(server_default=text("false"))
+    amount: Mapped[Credits | None]
     atomic: Mapped[bool] = mapped_column(server_default=text("false"))
     reason: Mapped[str | None]
     requested_by: Mapped[str]

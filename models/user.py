@@ -28,6 +28,7 @@ class User(Base):
         CheckConstraint("credit_refresh_day BETWEEN 1 AND 31", name="credit_refresh_day"),
         CheckConstraint("custom_credit_amount > 0", name="custom_credit_amount"),
         CheckConstraint("isfinite(next_refresh_at)", name="next_refresh_at"),
+        CheckConstraint("refresh_shortfall >= 0", name="refresh_shortfall"),
         Index("ix_users_wake_at", "wake_at", postgresql_where=text("wake_at IS NOT NULL")),
     )
 
@@ -44,6 +45,7 @@ class User(Base):
     held_window: Mapped[datetime | None]
     credit_refresh_day: Mapped[int | None] = mapped_column(SmallInteger)
     custom_credit_amount: Mapped[Credits | None]
+    refresh_shortfall: Mapped[Credits] = mapped_column(server_default=text("0"))
     timezone: Mapped[str | None] = mapped_column(ForeignKey("timezones.name"))
     active: Mapped[bool] = mapped_column(server_default=text("true"))
     created_at: Mapped[datetime] = mapped_column(server_default=text("now()"))
