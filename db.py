@@ -129,22 +129,12 @@ class Database:
 
     @contextmanager
     def transaction(self, *, lock_timeout: timedelta | None = None) -> Iterator[psycopg.Connection[Any]]:
-        """One transaction: committed at the end of the block, rolled back when the block raises.
-
-        Args:
-            lock_timeout: for this transaction alone, where waiting for ourselves is the point (opening runs). Its
-                statements may take as long again.
+        """One transaction on a connection of its own: see `transaction()`.
 
         Raises:
             DatabaseError: nothing answers at the address, or it refuses us.
         """
-        with self.statements() as connection, connection.transaction():
-            if lock_timeout is not None:
-                wait = int(lock_timeout.total_seconds() * 1000)
-                connection.execute(
-                    "SELECT set_config('lock_timeout', %s, true), set_config('statement_timeout', %s, true)",
-                    (str(wait), str(2 * wait)),
-                )
+        with self.statements() as connection, transaction(connection, lock_timeout=lock_timeout):
             yield connection
 
     def dispose(self) -> None:
@@ -180,6 +170,27 @@ class Database:
             raise DatabaseError(
                 f"The database is at migration {found}, this release needs {REVISION}: run `credits db upgrade`."
             )
+
+
+@contextmanager
+def transaction(connection: psycopg.Connection[Any], *, lock_timeout: timedelta | None = None) -> Iterator[None]:
+    """One transaction: committed at the end of the block, rolled back when the block raises.
+
+    Inside another one it is a savepoint: what raises in the block undoes the block alone.
+
+    Args:
+        connection: in autocommit (`Database.statements()`), or in a transaction.
+        lock_timeout: for this transaction alone, where waiting for ourselves is the point (opening runs). Its
+            statements may take as long again.
+    """
+    with connection.transaction():
+        if lock_timeout is not None:
+            wait = int(lock_timeout.total_seconds() * 1000)
+            connection.execute(
+                "SELECT set_config('lock_timeout', %s, true), set_config('statement_timeout', %s, true)",
+                (str(wait), str(2 * wait)),
+            )
+        yield
 
 
 def one(cursor: psycopg.Cursor[Row]) -> Row:

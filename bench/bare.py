@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from db import Database
-from refresh import runs
+from refresh import runs, totals
 from refresh.batch import GRANT_MANY, refresh_batch
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def refresh_bare(url: str) -> float:
         loop.join()
     seconds = time.perf_counter() - started
     with database.statements() as connection:
-        runs.finish_runs(connection)
+        totals.finish_runs(connection)
     return seconds
 
 

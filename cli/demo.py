@@ -17,7 +17,7 @@ from cli.processes import Service
 from cli.sample import write_sample
 from db import Database, DatabaseError, one
 from embedded.processes import Supervisor, unwind_on_signals
-from refresh import runs
+from refresh import totals
 from refresh.import_file import UserFile
 from refresh.imports import import_users
 
@@ -111,12 +111,12 @@ def _await_run(connection: psycopg.Connection[Any], supervisor: Supervisor, *, a
     return run_id
 
 
-def _follow(connection: psycopg.Connection[Any], supervisor: Supervisor, run_id: UUID) -> runs.Progress:
+def _follow(connection: psycopg.Connection[Any], supervisor: Supervisor, run_id: UUID) -> totals.Progress:
     deadline = time.monotonic() + PATIENCE_SECONDS
     with progress() as bar:
         task = bar.add_task("Refreshing", total=None, visible=False)
         while True:
-            run = runs.read_progress(connection, run_id)
+            run = totals.read_progress(connection, run_id)
             bar.update(task, total=run.users_selected, completed=run.users_done, visible=run.users_selected > 0)
             if run.status != "running":
                 return run
@@ -132,7 +132,7 @@ def _check(supervisor: Supervisor, deadline: float) -> None:
         raise DatabaseError(f"Nothing came of it in {PATIENCE_SECONDS:.0f} seconds: see the logs named above.")
 
 
-def _summarise(run: runs.Progress) -> None:
+def _summarise(run: totals.Progress) -> None:
     out.print(
         facts(
             "The run",
@@ -185,7 +185,7 @@ def _one_user(connection: psycopg.Connection[Any], run_id: UUID) -> None:
     out.print(table(f"Audit log of {external_id}", audit))
 
 
-def _clock(run: runs.Progress) -> str:
+def _clock(run: totals.Progress) -> str:
     return run.slot.strftime("%H:%M:%S") if run.slot else "none"
 
 

@@ -13,7 +13,7 @@ from cli.session import Session, actor, session
 from cli.types import WallTime
 from cli.words import confirm, counted, window_rows, yes_option
 from refresh import plans as domain
-from refresh import runs
+from refresh import runs, totals
 from refresh.runs import RefusedError
 from tasks.app import check_broker, use_broker
 from tasks.publish import publish_batches
@@ -170,7 +170,7 @@ def _check_can_move(opened: Session) -> None:
     check_broker()
 
 
-def _move(opened: Session, run: runs.Opened | None, *, wait: bool) -> runs.Progress | None:
+def _move(opened: Session, run: runs.Opened | None, *, wait: bool) -> totals.Progress | None:
     if run is None:
         return None
     use_broker(opened.settings.redis_url)

@@ -11,7 +11,7 @@ from cli.main import FINISHED_WITH_FAILURES
 from cli.output import answer, err, json_option, progress
 from cli.session import Session, actor, session
 from cli.types import Instant
-from refresh import runs
+from refresh import runs, totals
 from tasks.app import check_broker, use_broker
 from tasks.publish import publish_batches
 
@@ -76,7 +76,7 @@ def _not_opened(why: runs.NotOpened, *, as_json: bool) -> None:
     answer(f"Nothing was opened: {why.text}.", {"opened": False, "why": why.why}, as_json=as_json)
 
 
-def summary(run: runs.Progress) -> str:
+def summary(run: totals.Progress) -> str:
     """A finished run in a sentence."""
     if run.kind == "regrid":
         return (
@@ -91,13 +91,13 @@ def summary(run: runs.Progress) -> str:
     )
 
 
-def wait_for_run(opened: Session, run_id: UUID, doing: str = "Refreshing") -> runs.Progress:
+def wait_for_run(opened: Session, run_id: UUID, doing: str = "Refreshing") -> totals.Progress:
     """Show a run's progress until it has ended."""
     with opened.database.statements() as connection, progress() as bar:
         task = bar.add_task(doing, total=None)
         moved_at, seen, warned = time.monotonic(), -1, False
         while True:
-            run = runs.read_progress(connection, run_id)
+            run = totals.read_progress(connection, run_id)
             bar.update(task, total=run.users_selected, completed=run.users_done)
             if run.status != "running":
                 return run

@@ -11,7 +11,7 @@ import structlog
 import logs
 from celeryconfig import TaskNames
 from db import one_line
-from refresh import delivery, runs
+from refresh import delivery, totals
 from refresh.batch import Outcome, granted_users, pending_statements, refresh_batch
 from tasks.app import app, config, database
 
@@ -30,7 +30,7 @@ def batch(batch_ids: list[int]) -> None:
             delivery.unclaim_batches(connection, batch_ids)
             return
         outcomes = [_refresh(connection, *pending) for pending in pending_statements(connection, batch_ids)]
-        log_finished(runs.finish_runs(connection, {done.run_id for done in outcomes if done}))
+        log_finished(totals.finish_runs(connection, {done.run_id for done in outcomes if done}))
 
 
 def _refresh(connection: psycopg.Connection[Any], batch_id: int, statement: str) -> Outcome | None:
@@ -53,7 +53,7 @@ def _refresh(connection: psycopg.Connection[Any], batch_id: int, statement: str)
     return outcome
 
 
-def log_finished(finished: Iterable[runs.Finished]) -> None:
+def log_finished(finished: Iterable[totals.Finished]) -> None:
     """Say of each run that it ended, and how."""
     for run in finished:
         what = "Users moved to their plan's grid" if run.kind == "regrid" else "Batch refresh completed"

@@ -10,7 +10,7 @@ from kombu.exceptions import OperationalError
 
 import logs
 from celeryconfig import TaskNames
-from refresh import delivery, partitions, runs
+from refresh import delivery, partitions, totals
 from tasks.app import app, config, database
 from tasks.batch import log_finished
 from tasks.publish import batches_waiting, publish_batches
@@ -49,7 +49,7 @@ def _give_up() -> None:
 
 def _finish() -> None:
     with database().statements() as connection:
-        log_finished(runs.finish_runs(connection))
+        log_finished(totals.finish_runs(connection))
 
 
 def _publish() -> None:

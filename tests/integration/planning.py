@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, time
 from typing import TYPE_CHECKING, Any
 
-from refresh import plans, runs
+from refresh import plans, runs, totals
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,7 +33,7 @@ def change(world: World, changes: Mapping[str, Any], code: str = "free") -> runs
     return run
 
 
-def move(world: World, changes: Mapping[str, Any], code: str = "free") -> runs.Progress | None:
+def move(world: World, changes: Mapping[str, Any], code: str = "free") -> totals.Progress | None:
     """Change a plan, and do what the workers do."""
     run = save(world, draft(world, code, **changes))
     if run is None:

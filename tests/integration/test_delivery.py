@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from refresh import delivery, runs
+from refresh import delivery, totals
 from refresh.switch import turn
 from tasks.app import app, use_broker
 from tasks.publish import batches_waiting, publish_batches
@@ -24,7 +24,7 @@ def upkeep(world: World, *, max_attempts: int = 3) -> list[int]:
     with world.database.statements() as connection:
         delivery.record_losses(connection)
         delivery.give_up_batches(connection, max_attempts=max_attempts)
-        runs.finish_runs(connection)
+        totals.finish_runs(connection)
     return world.claim(max_attempts=max_attempts)
 
 
@@ -188,7 +188,7 @@ def test_two_workers_that_close_the_last_two_batches_at_once_end_the_run_once(wo
     done = world.progress(run)
     assert (done.status, done.users_refreshed, done.credits_granted) == ("succeeded", 2, 2_000)
     with world.database.statements() as connection:
-        assert runs.finish_runs(connection) == []
+        assert totals.finish_runs(connection) == []
 
 
 def test_a_pause_is_nobodys_attempt(world: World) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import psycopg
 import pytest
 
-from refresh import delivery, runs
+from refresh import delivery, runs, totals
 from refresh.batch import Outcome, pending_statements, refresh_batch
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ class World:
         """Do what a worker does with a message."""
         with self.database.statements() as connection:
             outcomes = [refresh_batch(connection, *pending) for pending in pending_statements(connection, batch_ids)]
-            runs.finish_runs(connection, {done.run_id for done in outcomes if done})
+            totals.finish_runs(connection, {done.run_id for done in outcomes if done})
         return [outcome for outcome in outcomes if outcome]
 
     def scheduled(self, **options: Any) -> runs.Opened | runs.NotOpened:
@@ -146,15 +146,15 @@ class World:
         with self.database.transaction(lock_timeout=runs.OPENING_LOCK_TIMEOUT) as connection:
             return runs.open_scheduled_run(connection, **asked)
 
-    def refresh(self, **request: Any) -> runs.Progress:
+    def refresh(self, **request: Any) -> totals.Progress:
         """A scan from its opening to its end."""
         run = self.scan(**request)
         self.work(self.claim(run))
         return self.progress(run)
 
-    def progress(self, run: runs.Opened) -> runs.Progress:
+    def progress(self, run: runs.Opened) -> totals.Progress:
         with self.database.statements() as connection:
-            return runs.read_progress(connection, run.run_id)
+            return totals.read_progress(connection, run.run_id)
 
     @contextmanager
     def host(self) -> Iterator[psycopg.Connection[Any]]:
