@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from db import Database
 from refresh import runs, totals
-from refresh.batch import GRANT_MANY, refresh_batch
+from refresh.batch import GRANT_MANY
+from refresh.closing import close_batch
 
 if TYPE_CHECKING:
     from multiprocessing.synchronize import Barrier
@@ -47,4 +48,4 @@ def _loop(url: str, batch_ids: list[int], ready: Barrier) -> None:
     with Database(url, "credits").statements() as connection:
         ready.wait()
         for batch_id in batch_ids:
-            refresh_batch(connection, batch_id, GRANT_MANY)
+            close_batch(connection, batch_id, GRANT_MANY)

@@ -14,56 +14,43 @@ in whatever order. A batch of one waits its turn, up to `lock_timeout`; it holds
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from uuid import UUID  # noqa: TC003 - psycopg's row factory builds the class at run time
 
-from psycopg.rows import class_row
-
-from refresh.closing import CLOSE, DEFER, DEFERRED_BACKOFF_SECONDS, FEW_USERS, LOCK_SKIPPING, LOCK_WAITING
-from refresh.regrid import REGRID_MANY, REGRID_ONE
+from refresh.closing import CLOSE, DEFER, LOCK_ALL, LOCK_SKIPPING, LOCK_WAITING
 
 if TYPE_CHECKING:
     import psycopg
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of a batch's users. Credits are the sum of this batch's grants."""
-
-    run_id: UUID
-    seq: int
-    users_refreshed: int
-    users_held: int
-    users_skipped: int
-    users_failed: int
-    users_deferred: int
-    credits_granted: int
-
-
 # A second delivery finds the row locked, or no longer pending once the first has committed.
 _TAKE = """
 WITH batch AS MATERIALIZED (
-    SELECT b.id, b.run_id, b.seq, b.user_ids, b.attempts, coalesce(r.as_of, now()) AS as_of, r.requested_by, r.reason
+    SELECT
+        b.id, b.run_id, b.seq, b.user_ids, b.attempts, coalesce(r.as_of, now()) AS as_of, r.requested_by, r.reason,
+        r.force, r.keep_window, r.amount,
+        -- Beat's rows need none.
+        CASE WHEN r.source <> 'beat' THEN jsonb_build_object('reason', r.reason) END AS detail
     FROM credit_refresh_batches AS b
     JOIN credit_refresh_runs AS r ON r.id = b.run_id
-    WHERE b.id = %(batch_id)s AND b.status = 'pending' AND r.status = 'running' AND r.dry_run = {dry_run}
-        AND (SELECT enabled FROM settings)
+    WHERE b.id = %(batch_id)s AND b.status = 'pending' AND r.status = 'running' AND r.work = 'refresh'
+        AND r.dry_run = {dry_run} AND (SELECT enabled FROM settings)
     FOR UPDATE OF b SKIP LOCKED
 ),
 -- users alone: joined to the plan here, a user would drop out when the plan changes while we wait.
 locked AS MATERIALIZED (
     SELECT
         u.id, u.plan_code, u.credit_balance, u.last_credit_refresh, u.next_refresh_at, u.credit_refresh_hold,
-        u.hold_until, u.held_window, u.credit_refresh_day, u.custom_credit_amount, u.timezone, u.active
+        u.hold_until, u.held_window, u.credit_refresh_day, u.custom_credit_amount, u.timezone, u.active,
+        u.refresh_shortfall
     FROM users AS u
     WHERE u.id = ANY ((SELECT user_ids FROM batch)::bigint[])
     {lock}
 ),
 decided AS MATERIALIZED (
     SELECT
-        l.id AS user_id, l.plan_code, l.credit_balance, l.last_credit_refresh, l.next_refresh_at, p.grant_mode,
-        d.verdict, d.window_start, d.window_end, d.first_missed_at, d.windows_passed, d.target, d.credits_added,
+        l.id AS user_id, l.plan_code, l.credit_balance, l.last_credit_refresh, l.next_refresh_at,
+        l.refresh_shortfall, p.grant_mode, d.verdict, d.window_start, d.window_end, d.first_missed_at,
+        d.windows_passed, d.target, d.credits_added,
         -- The window that falls due under hold leaves one row, however often somebody looks.
         d.verdict = 'held' AND l.next_refresh_at <= b.as_of AND d.window_start IS NOT NULL
             AND l.held_window IS DISTINCT FROM l.next_refresh_at AS newly_held
@@ -72,9 +59,9 @@ decided AS MATERIALIZED (
     LEFT JOIN plans AS p ON p.code = l.plan_code
     CROSS JOIN LATERAL decide(
         b.as_of, l.active, l.credit_refresh_hold, l.hold_until, l.next_refresh_at, l.credit_balance,
-        l.custom_credit_amount, l.credit_refresh_day, l.timezone,
+        coalesce(b.amount, l.custom_credit_amount), l.credit_refresh_day, l.timezone,
         p.active, p.cadence, p.interval_days, p.day_of_month, p.time_of_day, p.timezone, p.grant_mode, p.amount,
-        p.rollover_cap
+        p.rollover_cap, l.refresh_shortfall, b.force, b.keep_window
     ) AS d
 ),
 """
@@ -84,7 +71,8 @@ _GRANT = """
 history AS (
     INSERT INTO credit_refresh_histories (
         run_id, user_id, status, window_start, window_end, first_missed_at, windows_passed, plan_code, grant_mode,
-        target, old_balance, credits_added, new_balance, previous_next_refresh_at, previous_last_refresh, reason, error
+        target, old_balance, credits_added, new_balance, previous_next_refresh_at, previous_last_refresh, shortfall,
+        reason, error
     )
     SELECT
         b.run_id, d.user_id,
@@ -93,7 +81,8 @@ history AS (
         d.credit_balance,
         CASE d.verdict WHEN 'due' THEN d.credits_added ELSE 0 END,
         CASE d.verdict WHEN 'due' THEN d.credit_balance + d.credits_added ELSE d.credit_balance END,
-        d.next_refresh_at, d.last_credit_refresh, b.reason,
+        d.next_refresh_at, d.last_credit_refresh, CASE d.verdict WHEN 'due' THEN d.refresh_shortfall ELSE 0 END,
+        b.reason,
         CASE d.verdict WHEN 'overflow' THEN 'the balance would not fit 64 bits' END
     FROM decided AS d CROSS JOIN batch AS b
     WHERE d.verdict IN ('due', 'overflow') OR d.newly_held
@@ -106,13 +95,15 @@ moved AS (
         last_credit_refresh = CASE WHEN h.status = 'refreshed' THEN now() ELSE u.last_credit_refresh END,
         next_refresh_at = CASE
             WHEN d.newly_held THEN u.next_refresh_at
-            WHEN h.status IS NOT NULL THEN d.window_end
+            -- A forced grant outside any grid has no end, and leaves the date as it is.
+            WHEN h.status IS NOT NULL THEN coalesce(d.window_end, u.next_refresh_at)
             -- Refused by the key: to the end of what was granted, which another plan may have given another length.
             ELSE greatest(d.window_end, (
                 SELECT max(g.window_end) FROM credit_refresh_histories AS g
                 WHERE g.user_id = u.id AND g.status = 'refreshed' AND g.reversed_by_run_id IS NULL
             ))
         END,
+        refresh_shortfall = CASE WHEN h.status = 'refreshed' THEN 0 ELSE u.refresh_shortfall END,
         held_window = CASE WHEN d.newly_held THEN u.next_refresh_at END,
         -- A grant ends the hold that had run out.
         credit_refresh_hold = d.newly_held,
@@ -125,7 +116,7 @@ moved AS (
     RETURNING d.verdict, h.status
 ),
 audit AS (
-    INSERT INTO credit_audit_logs (actor, action, user_id, run_id, balance_before, balance_after, credits)
+    INSERT INTO credit_audit_logs (actor, action, user_id, run_id, balance_before, balance_after, credits, detail)
     SELECT
         b.requested_by,
         CASE
@@ -134,7 +125,7 @@ audit AS (
             ELSE 'held'
         END,
         d.user_id, b.run_id, d.credit_balance, d.credit_balance + coalesce(h.credits_added, 0),
-        coalesce(h.credits_added, 0)
+        coalesce(h.credits_added, 0), b.detail
     FROM decided AS d
     CROSS JOIN batch AS b
     LEFT JOIN history AS h ON h.user_id = d.user_id
@@ -160,20 +151,37 @@ counts AS (
 )
 """
 
-# A dry run locks nobody and changes no user; beat's plan each user and window once (the unique key says so).
+# What an apply must find unchanged of a planned row (apply.py), in the names of the history's columns. Instants as
+# numbers: their text depends on the session.
+DIGEST = """
+sha256(convert_to(format('%%s|%%s|%%s|%%s|due|%%s|%%s|%%s', {row}.run_id, {row}.user_id,
+    extract(epoch FROM {row}.window_start), extract(epoch FROM {row}.window_end), {row}.plan_code, {row}.grant_mode,
+    {row}.target), 'UTF8'))
+"""
+
+# A dry run locks nobody and changes no user; beat's plan each user and window once (the unique key says so). A window
+# that was granted already is not planned again: the key would refuse it.
 _PLAN = """
+planned AS MATERIALIZED (
+    SELECT d.*, b.run_id, b.reason
+    FROM decided AS d CROSS JOIN batch AS b
+    WHERE d.verdict = 'due' AND NOT EXISTS (
+        SELECT FROM credit_refresh_histories AS h
+        WHERE h.user_id = d.user_id AND h.window_start = d.window_start AND h.status = 'refreshed'
+            AND h.reversed_by_run_id IS NULL
+    )
+),
 history AS (
     INSERT INTO credit_refresh_histories (
         run_id, user_id, status, dry_run, window_start, window_end, first_missed_at, windows_passed, plan_code,
         grant_mode, target, old_balance, credits_added, new_balance, previous_next_refresh_at, previous_last_refresh,
-        reason
+        shortfall, reason, digest
     )
     SELECT
-        b.run_id, d.user_id, 'planned', true, d.window_start, d.window_end, d.first_missed_at, d.windows_passed,
+        d.run_id, d.user_id, 'planned', true, d.window_start, d.window_end, d.first_missed_at, d.windows_passed,
         d.plan_code, d.grant_mode, d.target, d.credit_balance, d.credits_added, d.credit_balance + d.credits_added,
-        d.next_refresh_at, d.last_credit_refresh, b.reason
-    FROM decided AS d CROSS JOIN batch AS b
-    WHERE d.verdict = 'due'
+        d.next_refresh_at, d.last_credit_refresh, d.refresh_shortfall, d.reason, {digest}
+    FROM planned AS d
     ON CONFLICT DO NOTHING
     RETURNING credits_added
 ),
@@ -201,50 +209,8 @@ audit AS (
 
 GRANT_MANY = _TAKE.format(dry_run="false", lock=LOCK_SKIPPING) + _GRANT + DEFER + _COUNT + CLOSE
 GRANT_ONE = _TAKE.format(dry_run="false", lock=LOCK_WAITING) + _GRANT + DEFER + _COUNT + CLOSE
-PLAN = _TAKE.format(dry_run="true", lock="ORDER BY u.id") + _PLAN + CLOSE
-
-# Which of the statements a batch wants; one round trip a message. What is done already is not asked again.
-_PENDING = """
-SELECT b.id, r.kind, r.dry_run, cardinality(b.user_ids) = 1 AS lone
-FROM credit_refresh_batches AS b JOIN credit_refresh_runs AS r ON r.id = b.run_id
-WHERE b.id = ANY (%(ids)s) AND b.status = 'pending'
-ORDER BY b.id
-"""
-
-
-def pending_statements(connection: psycopg.Connection[Any], batch_ids: list[int]) -> list[tuple[int, str]]:
-    """The batches among `batch_ids` that are still to be done, each with the statement that does it."""
-    rows = connection.execute(_PENDING, {"ids": batch_ids}, prepare=True).fetchall()
-    return [(id_, _statement(kind, dry_run=dry_run, lone=lone)) for id_, kind, dry_run, lone in rows]
-
-
-def _statement(kind: str, *, dry_run: bool, lone: bool) -> str:
-    if kind == "regrid":
-        return REGRID_ONE if lone else REGRID_MANY
-    if dry_run:
-        return PLAN
-    return GRANT_ONE if lone else GRANT_MANY
-
-
-def refresh_batch(connection: psycopg.Connection[Any], batch_id: int, statement: str) -> Outcome | None:
-    """Refresh one batch: one transaction, committed when this returns.
-
-    Args:
-        connection: in autocommit (`Database.statements()`).
-        batch_id: the batch's row.
-        statement: which `pending_statements()` named.
-
-    Returns:
-        What became of the users; None when somebody else has the batch or had it, or the service is paused.
-
-    Raises:
-        psycopg.Error: nothing was changed; upkeep tries again.
-    """
-    parameters: dict[str, int] = {"batch_id": batch_id}
-    if statement is not PLAN:
-        parameters |= {"backoff_seconds": DEFERRED_BACKOFF_SECONDS, "few": FEW_USERS}
-    with connection.cursor(row_factory=class_row(Outcome)) as cursor:
-        return cursor.execute(statement, parameters, prepare=True).fetchone()
+GRANT_ALL = _TAKE.format(dry_run="false", lock=LOCK_ALL) + _GRANT + DEFER + _COUNT + CLOSE
+PLAN = _TAKE.format(dry_run="true", lock="ORDER BY u.id") + _PLAN.format(digest=DIGEST.format(row="d")) + CLOSE
 
 
 # At DEBUG level alone, for those who read the log user by user.

@@ -1,10 +1,19 @@
 """How every statement over a batch ends: users who stay locked go to a new batch, and the row is closed.
 
 The statements differ in what they do to the users whom they have locked (batch.py grants and plans, regrid.py moves
-dates). They share the CTE names `batch`, `locked`, `missed`, `deferred` and `counts`.
+dates, …). They share the CTE names `batch`, `locked`, `missed`, `deferred` and `counts`.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from uuid import UUID  # noqa: TC003 - psycopg's row factory builds the class at run time
+
+from psycopg.rows import class_row
+
+if TYPE_CHECKING:
+    import psycopg
 
 DEFERRED_BACKOFF_SECONDS = 5
 """How soon users whom somebody else had locked are tried again, twice as late each time; upkeep's pace comes on top."""
@@ -15,6 +24,8 @@ batches."""
 # A batch of one waits its turn, it holds nothing that a host could want; a batch of many never waits.
 LOCK_WAITING = "ORDER BY u.id FOR NO KEY UPDATE"
 LOCK_SKIPPING = f"{LOCK_WAITING} SKIP LOCKED"
+# A batch that is all or nothing puts nobody off: it fails where one of its users is locked, and is tried again.
+LOCK_ALL = f"{LOCK_WAITING} NOWAIT"
 
 DEFER = """
 -- Users of the batch who were not locked: somebody else has them, or the host has deleted them since the scan. The
@@ -49,3 +60,31 @@ WHERE b.id = (SELECT id FROM batch)
 RETURNING b.run_id, b.seq, b.users_refreshed, b.users_held, b.users_skipped, b.users_failed, b.users_deferred,
     b.credits_granted
 """
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a batch's users. Credits are the sum of this batch's grants."""
+
+    run_id: UUID
+    seq: int
+    users_refreshed: int
+    users_held: int
+    users_skipped: int
+    users_failed: int
+    users_deferred: int
+    credits_granted: int
+
+
+def close_batch(connection: psycopg.Connection[Any], batch_id: int, statement: str) -> Outcome | None:
+    """Do a batch by a statement that ends in `CLOSE`.
+
+    Returns:
+        What became of the users; None when somebody else has the batch or had it, or the service is paused.
+
+    Raises:
+        psycopg.Error: the statement changed nothing.
+    """
+    parameters = {"batch_id": batch_id, "backoff_seconds": DEFERRED_BACKOFF_SECONDS, "few": FEW_USERS}
+    with connection.cursor(row_factory=class_row(Outcome)) as cursor:
+        return cursor.execute(statement, parameters, prepare=True).fetchone()

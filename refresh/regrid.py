@@ -11,14 +11,11 @@ the plan says then. A single user's plan, day or zone is the trigger keep_to_gri
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
-
-from psycopg.rows import class_row
-from psycopg.types.json import Jsonb
 
 from db import one
 from refresh import runs
 from refresh.closing import CLOSE, DEFER, LOCK_SKIPPING, LOCK_WAITING
+from refresh.selection import Chosen
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -39,7 +36,7 @@ CASE WHEN p.cadence = 'rolling' AND u.credit_refresh_day IS NULL THEN {since} EL
 # has one again when the plan leaves `external`; otherwise they are unscheduled, and stay so.
 _MOVING = """
 selected AS (
-    SELECT u.id
+    SELECT u.id, NULL::text AS whole
     FROM users AS u
     CROSS JOIN (
         SELECT
@@ -54,7 +51,6 @@ selected AS (
 """
 _SELECTED = _MOVING.format(boundary=_BOUNDARY.format(since="u.next_refresh_at"))
 _COUNT = f"WITH {_SELECTED} SELECT count(*) FROM selected"  # noqa: S608 - texts of this module alone
-_OPEN = runs.opening(_SELECTED)
 
 _MOVE = """
 WITH batch AS MATERIALIZED (
@@ -63,7 +59,7 @@ WITH batch AS MATERIALIZED (
         (r.selection ->> 'leavesExternal')::boolean AS leaves_external
     FROM credit_refresh_batches AS b
     JOIN credit_refresh_runs AS r ON r.id = b.run_id
-    WHERE b.id = %(batch_id)s AND b.status = 'pending' AND r.status = 'running' AND r.kind = 'regrid'
+    WHERE b.id = %(batch_id)s AND b.status = 'pending' AND r.status = 'running' AND r.work = 'regrid'
         AND (SELECT enabled FROM settings)
     FOR UPDATE OF b SKIP LOCKED
 ),
@@ -145,20 +141,12 @@ def open_regrid(
     Returns:
         The run; None when nobody moves.
     """
-    parameters = {
-        **plan,
-        "run_id": uuid4(),
-        "kind": "regrid",
-        "source": "cli",
-        "dry_run": False,
-        "as_of": None,
-        "slot": None,
-        "selection": Jsonb({"plan": plan["code"], "leavesExternal": leaves_external}),
-        "reason": f"plan {plan['code']} changed",
-        "requested_by": requested_by,
-        "batch_size": batch_size,
-        "leaves_external": leaves_external,
-        "even_empty": False,
-    }
-    with connection.cursor(row_factory=class_row(runs.Opened)) as cursor:
-        return cursor.execute(_OPEN, parameters).fetchone()
+    request = runs.Request(
+        "cli", requested_by, batch_size, kind="regrid", work="regrid", reason=f"plan {plan['code']} changed"
+    )
+    chosen = Chosen(
+        _SELECTED,
+        {**plan, "leaves_external": leaves_external},
+        {"plan": plan["code"], "leavesExternal": leaves_external},
+    )
+    return runs.cut(connection, request, chosen)

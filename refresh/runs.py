@@ -1,13 +1,15 @@
-"""Runs: the one door through which every refresh comes in, and how a run ends.
+"""Runs: the one door through which every refresh comes in.
 
-Beat, the command line and whatever comes later open a run here: one advisory lock, then one statement that finds all
-due users and cuts them into batches, however many they are. No user id passes through Python.
+Beat, the command line and whatever comes later open a run here: one advisory lock, then one statement that finds the
+users and cuts them into batches, however many they are. No user id passes through Python.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import json
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import UUID, uuid4
 
@@ -15,10 +17,13 @@ from psycopg.rows import class_row
 from psycopg.types.json import Jsonb
 
 from db import one
+from refresh import selection
 from refresh.partitions import ensure_partitions
 from refresh.schedule import slot_at
+from refresh.selection import Chosen, Selection
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from datetime import datetime
 
     import psycopg
@@ -28,6 +33,9 @@ SCHEDULED = "scheduled"
 
 OPENING_LOCK_TIMEOUT = timedelta(minutes=5)
 """How long one opening waits for another. Cutting a million users into batches takes about a second."""
+
+ATOMIC_USERS_MAX = 10_000
+"""Users that are refreshed all or none: one statement, which holds all of their rows until it commits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +49,16 @@ class Request:
         dry_run: decide and record, change no user.
         as_of: decide at this instant instead of each batch's own now(); in the future for dry runs alone.
         slot: the slot that a scheduled run stands for; None for a run that somebody asked for.
-        reason: lands in the run and in its history rows.
+        reason: lands in the run, in its history rows and in its audit rows.
+        force: refresh those too who are not due, unscheduled or external.
+        keep_window: a forced refresh leaves the user's date where it is.
+        amount: the target instead of the user's or the plan's; None: theirs.
+        atomic: all of the users or none.
+        idempotency_key: asked again with the same key, the request finds the run that it opened before.
+        kind: what the run is called.
+        work: what its batches do; the kind, but for a retry.
+        parent_run_id: the run that it applies, reverses or retries.
+        subject_run_id: the dry run whose rows it applies, or the run whose grants it takes back.
     """
 
     source: Literal["beat", "cli"]
@@ -51,16 +68,37 @@ class Request:
     as_of: datetime | None = None
     slot: datetime | None = None
     reason: str | None = None
+    force: bool = False
+    keep_window: bool = False
+    amount: int | None = None
+    atomic: bool = False
+    idempotency_key: str | None = None
+    kind: Literal["refresh", "apply", "rollback", "retry", "regrid"] = "refresh"
+    work: Literal["refresh", "apply", "rollback", "regrid"] = "refresh"
+    parent_run_id: UUID | None = None
+    subject_run_id: UUID | None = None
+
+    def fingerprint(self, selected: Mapping[str, Any]) -> str:
+        """Of everything that makes it this request and no other; who sent it, and when, does not."""
+        content = {**asdict(self), "selected": selected}
+        for name in ("source", "requested_by", "batch_size", "idempotency_key", "slot"):
+            del content[name]
+        return sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A run that was opened. One that found nobody due is finished already."""
+    """A run that was opened. One that found nobody is finished already.
+
+    Attributes:
+        existing: it was there: the request came with the key of one that had opened it.
+    """
 
     run_id: UUID
     dry_run: bool
     users_selected: int
     batches_total: int
+    existing: bool = False
 
     def facts(self) -> dict[str, object]:
         """What a log line or a JSON answer says of it."""
@@ -104,49 +142,41 @@ SELECT
 FROM settings AS s
 """
 
-# Whom not to batch again: users whose unfinished batch will decide anyway. Dry runs take nobody and plan anybody, but
-# beat's dry runs meet the same due users each hour and plan each window once. A regrid grants nothing.
-_TAKEN = """
-SELECT unnest(b.user_ids) AS user_id
-FROM credit_refresh_batches AS b JOIN credit_refresh_runs AS r ON r.id = b.run_id
-WHERE b.status = 'pending' AND r.status = 'running' AND NOT r.dry_run AND r.kind <> 'regrid'
-"""
-_PLANNED = """
-SELECT h.user_id
-FROM credit_refresh_histories AS h JOIN users AS u ON u.id = h.user_id
-WHERE h.status = 'planned' AND h.reason = 'scheduled' AND h.window_start >= u.next_refresh_at AND h.window_end > now()
-"""
-
-_DUE = """
-taken AS MATERIALIZED ({taken}),
-selected AS (
-    SELECT u.id
-    FROM users AS u
-    WHERE u.wake_at <= coalesce(%(as_of)s::timestamptz, now())
-        AND EXISTS (SELECT FROM plans AS p WHERE p.code = u.plan_code AND p.active AND p.cadence <> 'external')
-        AND NOT EXISTS (SELECT FROM taken AS t WHERE t.user_id = u.id)
-)
+_BY_KEY = """
+SELECT id, dry_run, users_selected, batches_total, metadata ->> 'fingerprint' FROM credit_refresh_runs
+WHERE idempotency_key = %(key)s
 """
 
 # The run's row comes last because it carries the counts; its batches' foreign key is checked at the statement's end.
-_OPEN = """
+# A forced run's instant is fixed: its grants' windows begin there, so that a second delivery collides.
+_CUT = """
 WITH {selected},
 -- By id: a batch's users lie together on disk.
-numbered AS (SELECT id, (row_number() OVER (ORDER BY id) - 1) / %(batch_size)s AS seq FROM selected),
+numbered AS (
+    SELECT
+        id, whole, (row_number() OVER (PARTITION BY whole ORDER BY id) - 1)
+            / CASE WHEN whole IS NULL THEN %(batch_size)s ELSE %(atomic_users_max)s END AS part
+    FROM selected
+),
 batches AS (
-    INSERT INTO credit_refresh_batches (run_id, seq, user_ids)
-    SELECT %(run_id)s::uuid, seq, array_agg(id) FROM numbered GROUP BY seq ORDER BY seq
+    INSERT INTO credit_refresh_batches (run_id, seq, user_ids, atomic)
+    SELECT
+        %(run_id)s::uuid, row_number() OVER (ORDER BY whole NULLS FIRST, part) - 1, array_agg(id ORDER BY id),
+        whole IS NOT NULL
+    FROM numbered GROUP BY whole, part ORDER BY whole NULLS FIRST, part
     RETURNING cardinality(user_ids) AS users
 ),
 cut AS (SELECT count(*) AS batches, coalesce(sum(users), 0) AS users FROM batches)
 INSERT INTO credit_refresh_runs (
-    id, kind, source, status, dry_run, as_of, slot, selection, reason, requested_by, users_selected, batches_total,
-    started_at, finished_at
+    id, kind, work, source, status, dry_run, as_of, slot, parent_run_id, subject_run_id, selection, force, keep_window,
+    amount, atomic, reason, requested_by, idempotency_key, metadata, users_selected, batches_total, started_at,
+    finished_at
 )
 SELECT
-    %(run_id)s::uuid, %(kind)s, %(source)s, CASE WHEN cut.batches = 0 THEN 'succeeded' ELSE 'running' END,
-    %(dry_run)s, %(as_of)s::timestamptz, %(slot)s::timestamptz, %(selection)s, %(reason)s, %(requested_by)s, cut.users,
-    cut.batches, now(),
+    %(run_id)s::uuid, %(kind)s, %(work)s, %(source)s, CASE WHEN cut.batches = 0 THEN 'succeeded' ELSE 'running' END,
+    %(dry_run)s, coalesce(%(as_of)s::timestamptz, CASE WHEN %(force)s THEN now() END), %(slot)s::timestamptz,
+    %(parent_run_id)s::uuid, %(subject_run_id)s::uuid, %(selection)s, %(force)s, %(keep_window)s, %(amount)s::bigint,
+    %(atomic)s, %(reason)s, %(requested_by)s, %(idempotency_key)s, %(metadata)s, cut.users, cut.batches, now(),
     CASE WHEN cut.batches = 0 THEN clock_timestamp() END
 FROM cut
 WHERE cut.batches > 0 OR %(even_empty)s
@@ -154,62 +184,110 @@ RETURNING id AS run_id, dry_run, users_selected, batches_total
 """
 
 
-def opening(selected: str) -> str:
-    """The statement that cuts users into batches and writes their run, for `selected`: CTEs that end in that one."""
-    return _OPEN.format(selected=selected)
-
-
-SCAN = opening(_DUE.format(taken=_TAKEN))
-SCAN_DRY = opening(_DUE.format(taken="SELECT NULL::bigint AS user_id WHERE false"))
-SCAN_DRY_SCHEDULED = opening(_DUE.format(taken=_PLANNED))
-
-
 def lock_door(connection: psycopg.Connection[Any]) -> None:
     """Wait until nobody else opens a run; they wait for this transaction's end."""
     connection.execute(_LOCK)
 
 
-def open_run(connection: psycopg.Connection[Any], request: Request) -> Opened | NotOpened:
-    """Open a run over all due users: find them, cut them into batches, write the run.
+def cut(
+    connection: psycopg.Connection[Any], request: Request, chosen: Chosen, *, even_empty: bool = False
+) -> Opened | None:
+    """Cut users into batches and write their run: one statement, whatever their number.
+
+    Args:
+        connection: in a transaction that holds the door.
+        request: what was asked for.
+        chosen: for whom.
+        even_empty: whether a run that finds nobody is a run.
+
+    Returns:
+        The run; None when nobody was found.
+    """
+    fingerprint = {"fingerprint": request.fingerprint(chosen.facts)} if request.idempotency_key else {}
+    values = {
+        **chosen.parameters,
+        **asdict(request),
+        "run_id": uuid4(),
+        "selection": Jsonb(dict(chosen.facts)),
+        "metadata": Jsonb(fingerprint),
+        "atomic_users_max": ATOMIC_USERS_MAX,
+        "even_empty": even_empty,
+    }
+    with connection.cursor(row_factory=class_row(Opened)) as cursor:
+        return cursor.execute(_CUT.format(selected=chosen.text), values).fetchone()
+
+
+def find_opened(connection: psycopg.Connection[Any], request: Request, facts: Mapping[str, Any]) -> Opened | None:
+    """The run that a request with the same key has opened before.
+
+    Raises:
+        RefusedError: that was another request.
+    """
+    if request.idempotency_key is None:
+        return None
+    row = connection.execute(_BY_KEY, {"key": request.idempotency_key}).fetchone()
+    if row is None:
+        return None
+    run_id, dry_run, users_selected, batches_total, fingerprint = row
+    if fingerprint != request.fingerprint(facts):
+        raise RefusedError(
+            f"the idempotency key {request.idempotency_key!r} belongs to run {run_id}, which was asked for something "
+            "else: take a new key"
+        )
+    return Opened(run_id, dry_run, users_selected, batches_total, existing=True)
+
+
+def open_run(
+    connection: psycopg.Connection[Any], request: Request, asked: Selection | None = None
+) -> Opened | NotOpened:
+    """Open a run that refreshes users: find them, cut them into batches, write the run.
 
     The caller's transaction should wait up to `OPENING_LOCK_TIMEOUT` for locks, and publish after its commit.
 
+    Args:
+        connection: in a transaction; with a file's users, one that has their table.
+        request: what is asked for.
+        asked: of whom; None: of all who are due.
+
     Raises:
-        RefusedError: `as_of` lies in the future and the run is not dry.
+        RefusedError: `as_of` lies in the future and the run is not dry; the idempotency key belongs to another request;
+            nobody was found for a request that names them; or too many for one that is atomic.
     """
     lock_door(connection)
+    facts = (asked or Selection()).facts(force=request.force)
+    if existing := find_opened(connection, request, facts):
+        return existing
     situation = connection.execute(_SITUATION, {"slot": request.slot, "dry_run": request.dry_run})
     enabled, all_dry, now, slot_taken = one(situation)
     if not enabled:
         return NotOpened("paused")
     if slot_taken:
         return NotOpened("slot_taken")
-    dry_run = request.dry_run or all_dry
-    if request.as_of is not None and request.as_of > now and not dry_run:
+    request = replace(request, dry_run=request.dry_run or all_dry)
+    if request.as_of is not None and request.as_of > now and not request.dry_run:
         raise RefusedError(f"{request.as_of.isoformat()} lies in the future: only a dry run may look ahead")
     if request.as_of is not None:
         ensure_partitions(connection, until=request.as_of)
-    scheduled = request.slot is not None
-    scan = (SCAN_DRY_SCHEDULED if scheduled else SCAN_DRY) if dry_run else SCAN
-    with connection.cursor(row_factory=class_row(Opened)) as cursor:
-        return one(
-            cursor.execute(
-                scan,
-                {
-                    "run_id": uuid4(),
-                    "kind": "refresh",
-                    "source": request.source,
-                    "dry_run": dry_run,
-                    "as_of": request.as_of,
-                    "slot": request.slot,
-                    "selection": Jsonb({"due": True}),
-                    "reason": SCHEDULED if scheduled else request.reason,
-                    "requested_by": request.requested_by,
-                    "batch_size": request.batch_size,
-                    "even_empty": True,
-                },
-            )
+    opened = cut(connection, request, _chosen(request, asked), even_empty=asked is None)
+    if opened is None:
+        raise RefusedError("nobody matches: no run was opened")
+    if request.atomic and opened.users_selected > ATOMIC_USERS_MAX:
+        raise RefusedError(
+            f"{opened.users_selected:,} users are too many for all or nothing, which locks all of them at once: "
+            f"{ATOMIC_USERS_MAX:,} at most; no run was opened"
         )
+    return opened
+
+
+def _chosen(request: Request, asked: Selection | None) -> Chosen:
+    wanted = asked or Selection()
+    taken = selection.NOBODY if request.dry_run else selection.TAKEN
+    if asked is None and not request.force:
+        text = selection.DUE.format(taken=selection.PLANNED if request.dry_run and request.slot else taken)
+    else:
+        matching = selection.MATCHING_LISTED if wanted.listed else selection.MATCHING
+        text = selection.ASKED.format(taken=taken, matching=matching)
+    return Chosen(text, wanted.parameters(), wanted.facts(force=request.force))
 
 
 def open_scheduled_run(
@@ -226,4 +304,4 @@ def open_scheduled_run(
     """
     (now,) = one(connection.execute("SELECT now()"))
     slot = slot_at(now, interval, cron)
-    return open_run(connection, Request("beat", "beat", batch_size, dry_run=dry_run, slot=slot))
+    return open_run(connection, Request("beat", "beat", batch_size, dry_run=dry_run, slot=slot, reason=SCHEDULED))

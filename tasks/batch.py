@@ -12,11 +12,14 @@ import logs
 from celeryconfig import TaskNames
 from db import one_line
 from refresh import delivery, totals
-from refresh.batch import Outcome, granted_users, pending_statements, refresh_batch
+from refresh.batch import granted_users
+from refresh.work import Pending, do_batch, pending_batches
 from tasks.app import app, config, database
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from refresh.closing import Outcome
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("credits.batch")
 
@@ -29,23 +32,23 @@ def batch(batch_ids: list[int]) -> None:
             log.warning(f"{logs.PREFIX} Batches are left for others: CREDIT_REFRESH_ENABLED is false here")
             delivery.unclaim_batches(connection, batch_ids)
             return
-        outcomes = [_refresh(connection, *pending) for pending in pending_statements(connection, batch_ids)]
+        outcomes = [_do(connection, pending) for pending in pending_batches(connection, batch_ids)]
         log_finished(totals.finish_runs(connection, {done.run_id for done in outcomes if done}))
 
 
-def _refresh(connection: psycopg.Connection[Any], batch_id: int, statement: str) -> Outcome | None:
+def _do(connection: psycopg.Connection[Any], pending: Pending) -> Outcome | None:
     try:
-        outcome = refresh_batch(connection, batch_id, statement)
+        outcome = do_batch(connection, pending)
     except psycopg.Error as error:
         # The statement changed nothing. Upkeep tries again: after a backoff, or, where the connection is gone and
         # the failure cannot be noted, once the batch counts as lost.
-        log.exception(f"{logs.PREFIX} Error refreshing credits", batch_id=batch_id, error=one_line(error))
+        log.exception(f"{logs.PREFIX} Error refreshing credits", batch_id=pending.id, error=one_line(error))
         if connection.closed:
             raise
-        delivery.record_failure(connection, batch_id, one_line(error))
+        delivery.record_failure(connection, pending.id, one_line(error))
         return None
     if outcome and log.isEnabledFor(logging.DEBUG):
-        for external_id, credits_added in granted_users(connection, batch_id):
+        for external_id, credits_added in granted_users(connection, pending.id):
             log.debug(
                 f"{logs.PREFIX} Successfully refreshed {credits_added} credits for user {external_id}",
                 run_id=str(outcome.run_id),

@@ -91,10 +91,11 @@ def test_waiting_for_a_lock_ends_before_postgresql_looks_for_deadlocks(world: Wo
     with world.host() as host, other.statements() as connection:
         assert connection.execute("SHOW lock_timeout").fetchone() == ("300ms",)
         host.execute(SPEND, (1, ada))
-        from refresh.batch import GRANT_ONE, refresh_batch  # noqa: PLC0415 - the statement is wanted here alone
+        from refresh.batch import GRANT_ONE  # noqa: PLC0415 - the statement is wanted here alone
+        from refresh.closing import close_batch  # noqa: PLC0415 - the same
 
         with pytest.raises(psycopg.errors.LockNotAvailable):
-            refresh_batch(connection, ids[0], GRANT_ONE)
+            close_batch(connection, ids[0], GRANT_ONE)
     assert world.history(ada) == []
 
 

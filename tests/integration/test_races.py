@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from refresh.batch import pending_statements, refresh_batch
 from refresh.switch import turn_trigger
+from refresh.work import do_batch, pending_batches
 from tests.integration.ledger import check_ledger
 
 if TYPE_CHECKING:
@@ -87,8 +87,8 @@ def scan(_world: World, connection: psycopg.Connection[Any], user_id: int) -> No
     """A worker with a batch of this user alone, inside a transaction that it would not have: the test ends it."""
     found = connection.execute(_FREE_BATCH, (user_id,)).fetchone()
     assert found is not None
-    for pending in pending_statements(connection, list(found)):
-        assert refresh_batch(connection, *pending) is not None
+    for pending in pending_batches(connection, list(found)):
+        assert do_batch(connection, pending) is not None
 
 
 def function(world: World, connection: psycopg.Connection[Any], user_id: int) -> None:

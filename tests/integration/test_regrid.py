@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from refresh.batch import pending_statements, refresh_batch
+from refresh.work import do_batch, pending_batches
 from tests.integration.planning import DAILY, MONTHLY, NINE, change, date, draft, move, next_of, save
 
 if TYPE_CHECKING:
@@ -130,9 +130,9 @@ def test_done_twice_a_batch_moves_nobody(world: World) -> None:
     run = change(world, MONTHLY)
     batch_ids = world.claim(run)
     with world.database.statements() as connection:
-        ((batch_id, statement),) = pending_statements(connection, batch_ids)
-        assert refresh_batch(connection, batch_id, statement) is not None
-        assert refresh_batch(connection, batch_id, statement) is None
+        (pending,) = pending_batches(connection, batch_ids)
+        assert do_batch(connection, pending) is not None
+        assert do_batch(connection, pending) is None
     assert world.value("SELECT count(*) FROM credit_audit_logs WHERE action = 'regridded'") == 1
 
 

@@ -13,7 +13,8 @@ import psycopg
 import pytest
 
 from refresh import delivery, runs, totals
-from refresh.batch import Outcome, pending_statements, refresh_batch
+from refresh.closing import Outcome
+from refresh.work import do_batch, pending_batches
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -136,7 +137,7 @@ class World:
     def work(self, batch_ids: list[int]) -> list[Outcome]:
         """Do what a worker does with a message."""
         with self.database.statements() as connection:
-            outcomes = [refresh_batch(connection, *pending) for pending in pending_statements(connection, batch_ids)]
+            outcomes = [do_batch(connection, pending) for pending in pending_batches(connection, batch_ids)]
             totals.finish_runs(connection, {done.run_id for done in outcomes if done})
         return [outcome for outcome in outcomes if outcome]
 

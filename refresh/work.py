@@ -1,0 +1,79 @@
+"""What a worker does with a batch: each kind of work in its own module, under one set of promises.
+
+Doing a batch again, at the same time or a day later, changes nothing: whoever comes second finds its row locked, or no
+longer pending. A batch that raises has changed nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from uuid import UUID  # noqa: TC003 - psycopg's row factory builds the class at run time
+
+from psycopg.rows import class_row
+
+from refresh.batch import GRANT_ALL, GRANT_MANY, GRANT_ONE, PLAN
+from refresh.closing import Outcome, close_batch
+from refresh.regrid import REGRID_MANY, REGRID_ONE
+
+if TYPE_CHECKING:
+    import psycopg
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A batch that is still to be done.
+
+    Attributes:
+        work: what is to be done with its users.
+        lone: it has one user, and may wait for a lock.
+        atomic: all of its users or none.
+    """
+
+    id: int
+    run_id: UUID
+    work: str
+    dry_run: bool
+    lone: bool
+    atomic: bool
+
+
+# One round trip a message. What is done already is not asked again.
+_PENDING = """
+SELECT b.id, b.run_id, r.work, r.dry_run, cardinality(b.user_ids) = 1 AS lone, b.atomic
+FROM credit_refresh_batches AS b JOIN credit_refresh_runs AS r ON r.id = b.run_id
+WHERE b.id = ANY (%(ids)s) AND b.status = 'pending'
+ORDER BY b.id
+"""
+
+
+def pending_batches(connection: psycopg.Connection[Any], batch_ids: list[int]) -> list[Pending]:
+    """The batches among `batch_ids` that are still to be done."""
+    with connection.cursor(row_factory=class_row(Pending)) as cursor:
+        return cursor.execute(_PENDING, {"ids": batch_ids}, prepare=True).fetchall()
+
+
+def do_batch(connection: psycopg.Connection[Any], pending: Pending) -> Outcome | None:
+    """Do one batch, in a transaction that is committed when this returns.
+
+    Args:
+        connection: in autocommit (`Database.statements()`).
+        pending: what `pending_batches()` found.
+
+    Returns:
+        What became of the users; None when somebody else has the batch or had it, or the service is paused.
+
+    Raises:
+        psycopg.Error: nothing was changed; upkeep tries again.
+    """
+    return close_batch(connection, pending.id, _statement(pending))
+
+
+def _statement(pending: Pending) -> str:
+    if pending.work == "regrid":
+        return REGRID_ONE if pending.lone else REGRID_MANY
+    if pending.dry_run:
+        return PLAN
+    if pending.atomic:
+        return GRANT_ALL
+    return GRANT_ONE if pending.lone else GRANT_MANY
