@@ -22,9 +22,13 @@ class QueueNames:
     CONTROL = "control"
     """Scan and upkeep: a few messages an hour, never behind a million batches."""
     BATCHES = "batches"
-    """Scheduled and requested refreshes: batch ids."""
+    """Batch ids of beat's runs."""
+    BULK = "bulk"
+    """Batch ids of the runs that somebody asked for. A worker takes from this queue and that in turn, so that the
+    hourly refresh never waits behind a million users."""
 
-    ALL = (CONTROL, BATCHES)
+    WORK = (BATCHES, BULK)
+    ALL = (CONTROL, *WORK)
 
 
 class TaskNames:
@@ -74,7 +78,7 @@ task_create_missing_queues = False  # a typo in a route is an error, not a queue
 task_routes = {
     TaskNames.SCAN: {"queue": QueueNames.CONTROL},
     TaskNames.UPKEEP: {"queue": QueueNames.CONTROL},
-    TaskNames.BATCH: {"queue": QueueNames.BATCHES},
+    TaskNames.BATCH: {"queue": QueueNames.BATCHES},  # or the other one: tasks/publish.py says which
 }
 
 # --- workers --------------------------------------------------------------------------------------------------------

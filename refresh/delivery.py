@@ -7,6 +7,7 @@ retries; Celery never does.
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ WITH due AS (
     SELECT b.id
     FROM credit_refresh_batches AS b JOIN credit_refresh_runs AS r ON r.id = b.run_id
     WHERE b.status = 'pending' AND r.status = 'running' AND (SELECT enabled FROM settings)
+        AND (r.slot IS NOT NULL) = %(scheduled)s
         AND (%(run_id)s::uuid IS NULL OR b.run_id = %(run_id)s::uuid)
         AND b.attempts < %(max_attempts)s
         AND CASE
@@ -55,32 +57,29 @@ RETURNING b.id
 """
 
 
-def claim_batches(
-    connection: psycopg.Connection[Any],
-    *,
-    max_attempts: int,
-    run_id: UUID | None = None,
-    ring_again: bool = False,
-    limit: int = CLAIM_LIMIT,
-) -> list[int]:
-    """Mark the batches that have to be published as published now, oldest first; publish them after the commit.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """Which batches to publish.
 
-    Args:
-        connection: anything; publish once this is committed.
+    Attributes:
+        scheduled: of beat's runs, or of those that somebody asked for: each has a queue.
         max_attempts: batches that were tried this often are left to `give_up_batches()`.
-        run_id: a run that was just opened; None: upkeep, over all runs.
-        ring_again: whether to take those too that were published `OVERDUE_SECONDS` ago and may still wait in the queue;
-            upkeep does while the queue is short.
+        run_id: of a run that was just opened; None: of all, for upkeep.
+        ring_again: those too that were published `OVERDUE_SECONDS` ago and may still wait in the queue; upkeep takes
+            them while the queue is short.
         limit: how many at most.
     """
-    parameters = {
-        "run_id": run_id,
-        "max_attempts": max_attempts,
-        "ring_again": ring_again,
-        "overdue": OVERDUE_SECONDS,
-        "limit": limit,
-    }
-    return sorted(id_ for (id_,) in connection.execute(_CLAIM, parameters))
+
+    scheduled: bool
+    max_attempts: int
+    run_id: UUID | None = None
+    ring_again: bool = False
+    limit: int = CLAIM_LIMIT
+
+
+def claim_batches(connection: psycopg.Connection[Any], claim: Claim) -> list[int]:
+    """Mark batches as published now, oldest first; publish them once this is committed."""
+    return sorted(id_ for (id_,) in connection.execute(_CLAIM, {**asdict(claim), "overdue": OVERDUE_SECONDS}))
 
 
 _UNCLAIM = """
@@ -133,6 +132,7 @@ FROM (
     SELECT b.id
     FROM credit_refresh_batches AS b JOIN credit_refresh_runs AS r ON r.id = b.run_id
     WHERE b.status = 'pending' AND r.status = 'running' AND (SELECT enabled FROM settings)
+        AND (r.slot IS NOT NULL) = %(scheduled)s
         AND b.next_attempt_at IS NULL AND b.published_at < now() - make_interval(secs => %(lost_after)s)
     FOR NO KEY UPDATE OF b SKIP LOCKED
 ) AS lost
@@ -141,12 +141,13 @@ RETURNING b.id
 """
 
 
-def record_losses(connection: psycopg.Connection[Any]) -> int:
+def record_losses(connection: psycopg.Connection[Any], *, scheduled: bool) -> int:
     """Count an attempt for each batch that was published, is not being done and waits in no queue.
 
-    Call it only while the queue is empty. Returns how many were lost; they are claimed again at once.
+    Call it only while their queue is empty: that of beat's runs, or that of runs that somebody asked for. Returns how
+    many were lost; they are claimed again at once.
     """
-    return connection.execute(_LOST, {"lost_after": LOST_AFTER_SECONDS}).rowcount
+    return connection.execute(_LOST, {"scheduled": scheduled, "lost_after": LOST_AFTER_SECONDS}).rowcount
 
 
 _GIVE_UP = """
@@ -176,6 +177,9 @@ def give_up_batches(connection: psycopg.Connection[Any], *, max_attempts: int) -
 MESSAGE_IDS_MAX = 16
 MESSAGES_ENOUGH = 50
 """Messages that keep a handful of workers evenly busy to a run's end."""
+QUEUE_DEEP_MESSAGES = 10_000
+"""Messages in a queue, about 10 MB of Redis, beyond which publishing waits for upkeep. With 16 batches of 100 users
+each, it is what two workers do in seven minutes."""
 
 
 def messages(batch_ids: list[int]) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -26,16 +27,23 @@ _REFUSED = (KombuError, RedisError, OSError)
 log: structlog.stdlib.BoundLogger = structlog.get_logger("credits.publish")
 
 
-def publish_batches(
-    database: Database, *, max_attempts: int, run_id: UUID | None = None, ring_again: bool = False
+def publish_batches(database: Database, *, max_attempts: int, run_id: UUID | None = None) -> int:
+    """Publish what has not been published yet; see `publish_queue()`."""
+    return sum(publish_queue(database, queue, max_attempts=max_attempts, run_id=run_id) for queue in QueueNames.WORK)
+
+
+def publish_queue(
+    database: Database, queue: str, *, max_attempts: int, run_id: UUID | None = None, ring_again: bool = False
 ) -> int:
     """Claim what has to be published, commit, then publish in bulk.
 
-    A broker that does not answer costs a delay and nothing else: the claim is taken back, and the next upkeep tries
-    again. A publish whose outcome is unknown may ring twice; the batch row admits one.
+    While the queue is deep, the rest waits for upkeep. A broker that does not answer costs a delay and nothing else:
+    the claim is taken back, and the next upkeep tries again. A publish whose outcome is unknown may ring twice; the
+    batch row admits one.
 
     Args:
         database: where the batches are.
+        queue: of beat's runs, or of those that somebody asked for.
         max_attempts: `CREDIT_REFRESH_MAX_ATTEMPTS`.
         run_id: a run that was just opened; None: whatever upkeep finds.
         ring_again: whether to publish again what may still wait in a queue that is short.
@@ -43,38 +51,48 @@ def publish_batches(
     Returns:
         The number of batches published.
     """
+    claim = delivery.Claim(
+        scheduled=queue == QueueNames.BATCHES, max_attempts=max_attempts, run_id=run_id, ring_again=ring_again
+    )
     published = 0
-    while batch_ids := _claim(database, max_attempts=max_attempts, run_id=run_id, ring_again=ring_again):
-        try:
-            _send(batch_ids)
-        except _REFUSED as error:
-            log.warning(f"{logs.PREFIX} The broker did not take the batches; upkeep publishes them", error=str(error))
-            with database.transaction() as connection:
-                delivery.unclaim_batches(connection, batch_ids)
-            break
-        published += len(batch_ids)
+    batch_ids: list[int] = []
+    try:
+        room = delivery.QUEUE_DEEP_MESSAGES - batches_waiting(queue)
+        while room > 0 and (
+            batch_ids := _claim(
+                database, replace(claim, limit=min(delivery.CLAIM_LIMIT, room * delivery.MESSAGE_IDS_MAX))
+            )
+        ):
+            room -= _send(queue, batch_ids)
+            published += len(batch_ids)
+    except _REFUSED as error:
+        log.warning(f"{logs.PREFIX} The broker did not take the batches; upkeep publishes them", error=str(error))
+        with database.transaction() as connection:
+            delivery.unclaim_batches(connection, batch_ids)
     return published
 
 
-def _claim(database: Database, *, max_attempts: int, run_id: UUID | None, ring_again: bool) -> list[int]:
+def _claim(database: Database, claim: delivery.Claim) -> list[int]:
     with database.transaction() as connection:
-        return delivery.claim_batches(connection, max_attempts=max_attempts, run_id=run_id, ring_again=ring_again)
+        return delivery.claim_batches(connection, claim)
 
 
-def _send(batch_ids: list[int]) -> None:
+def _send(queue: str, batch_ids: list[int]) -> int:
     task = app.tasks[TaskNames.BATCH]
     producers: Any = app.amqp  # the type stubs do not know batch(), new in kombu 5.7
+    messages = delivery.messages(batch_ids)
     with app.connection_for_write() as broker, producers.Producer(broker) as producer, producer.batch():
-        for ids in delivery.messages(batch_ids):
-            task.apply_async((ids,), producer=producer)
+        for ids in messages:
+            task.apply_async((ids,), queue=queue, producer=producer)
+    return len(messages)
 
 
-def batches_waiting() -> int:
-    """Messages in the batches queue that no worker has taken."""
+def batches_waiting(queue: str) -> int:
+    """Messages in a queue of batches that no worker has taken."""
     with app.connection_for_write() as broker:
         channel: Any = broker.default_channel
         try:
-            return int(channel.queue_declare(QueueNames.BATCHES, passive=True).message_count)
+            return int(channel.queue_declare(queue, passive=True).message_count)
         except ChannelError as error:
             # Redis knows no empty list. Any other answer is not a length, and must not pass for an empty queue.
             if int(error.reply_code or 0) != HTTPStatus.NOT_FOUND:

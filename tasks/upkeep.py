@@ -9,11 +9,11 @@ from celery import signals
 from kombu.exceptions import OperationalError
 
 import logs
-from celeryconfig import TaskNames
+from celeryconfig import QueueNames, TaskNames
 from refresh import delivery, partitions, totals
 from tasks.app import app, config, database
 from tasks.batch import log_finished
-from tasks.publish import batches_waiting, publish_batches
+from tasks.publish import batches_waiting, publish_queue
 from tasks.scan import open_current_slot
 
 if TYPE_CHECKING:
@@ -53,16 +53,21 @@ def _finish() -> None:
 
 
 def _publish() -> None:
-    waiting = batches_waiting()
-    if waiting == 0:
-        with database().statements() as connection:
-            lost = delivery.record_losses(connection)
-        if lost:
-            log.warning(f"{logs.PREFIX} Batches were lost and are published again", batches=lost)
-    short = waiting < delivery.MESSAGES_ENOUGH
-    published = publish_batches(database(), max_attempts=config.credit_refresh_max_attempts, ring_again=short)
-    if published:
-        log.info(f"{logs.PREFIX} Published batches again", batches=published)
+    for queue in QueueNames.WORK:
+        waiting = batches_waiting(queue)
+        if waiting == 0:
+            with database().statements() as connection:
+                lost = delivery.record_losses(connection, scheduled=queue == QueueNames.BATCHES)
+            if lost:
+                log.warning(f"{logs.PREFIX} Batches were lost and are published again", batches=lost, queue=queue)
+        published = publish_queue(
+            database(),
+            queue,
+            max_attempts=config.credit_refresh_max_attempts,
+            ring_again=waiting < delivery.MESSAGES_ENOUGH,
+        )
+        if published:
+            log.info(f"{logs.PREFIX} Published batches again", batches=published, queue=queue)
 
 
 def _make_partitions() -> None:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from refresh import delivery, totals
+from celeryconfig import QueueNames
+from refresh import delivery, runs, totals
 from refresh.switch import turn
 from tasks.app import app, use_broker
 from tasks.publish import batches_waiting, publish_batches
@@ -22,7 +23,8 @@ BACKOFF_OVER = "UPDATE credit_refresh_batches SET next_attempt_at = now() WHERE 
 def upkeep(world: World, *, max_attempts: int = 3) -> list[int]:
     """What upkeep does between two looks at an empty queue; returns the batches that it publishes."""
     with world.database.statements() as connection:
-        delivery.record_losses(connection)
+        for scheduled in (True, False):
+            delivery.record_losses(connection, scheduled=scheduled)
         delivery.give_up_batches(connection, max_attempts=max_attempts)
         totals.finish_runs(connection)
     return world.claim(max_attempts=max_attempts)
@@ -224,10 +226,10 @@ def test_a_run_of_more_batches_than_are_claimed_at_once_is_published_whole(
     app.control.purge()  # other tests leave their messages in the same Redis
     try:
         assert publish_batches(world.database, max_attempts=5, run_id=run.run_id) == delivery.CLAIM_LIMIT + 1
-        assert batches_waiting() == len(delivery.messages(list(range(delivery.CLAIM_LIMIT)))) + 1
+        assert batches_waiting(QueueNames.BULK) == len(delivery.messages(list(range(delivery.CLAIM_LIMIT)))) + 1
     finally:
         app.control.purge()
-    assert batches_waiting() == 0
+    assert batches_waiting(QueueNames.BULK) == 0
 
 
 def test_a_cancelled_run_gives_its_users_back(world: World) -> None:
@@ -244,3 +246,41 @@ def test_a_batch_that_may_not_be_tried_any_more_is_given_up_wherever_it_stands(w
     world.sql.execute("UPDATE credit_refresh_batches SET attempts = 3, published_at = NULL")
     assert upkeep(world, max_attempts=3) == []
     assert world.progress(run).status == "failed"
+
+
+def test_publishing_waits_while_the_queue_is_deep(
+    world: World, servers: embedded.Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has no room stays unpublished, and costs no attempt, until upkeep finds the queue shorter."""
+    monkeypatch.setattr(delivery, "QUEUE_DEEP_MESSAGES", 3)
+    users = 3 * delivery.MESSAGE_IDS_MAX + 2
+    world.users(users)
+    use_broker(servers.redis_url)
+    app.control.purge()
+    try:
+        world.scan(batch_size=1)
+        first = publish_batches(world.database, max_attempts=5)
+        waiting = world.value("SELECT count(*) FROM credit_refresh_batches WHERE published_at IS NULL AND attempts = 0")
+        assert (first, waiting) == (3 * delivery.MESSAGE_IDS_MAX, 2)
+        assert batches_waiting(QueueNames.BULK) >= delivery.QUEUE_DEEP_MESSAGES
+        assert publish_batches(world.database, max_attempts=5) == 0
+        app.control.purge()
+        assert publish_batches(world.database, max_attempts=5) == waiting
+    finally:
+        app.control.purge()
+
+
+def test_each_kind_of_run_has_its_queue(world: World, servers: embedded.Servers) -> None:
+    use_broker(servers.redis_url)
+    app.control.purge()
+    try:
+        world.user("asked")
+        world.scan()
+        world.user("due")
+        scheduled = world.scheduled()
+        assert isinstance(scheduled, runs.Opened)
+        assert scheduled.users_selected == 1
+        assert publish_batches(world.database, max_attempts=5) == 2
+        assert [batches_waiting(queue) for queue in QueueNames.WORK] == [1, 1]
+    finally:
+        app.control.purge()

@@ -132,7 +132,16 @@ class World:
     def claim(self, run: runs.Opened | None = None, *, max_attempts: int = 5, ring_again: bool = False) -> list[int]:
         run_id = run.run_id if run else None
         with self.database.transaction() as connection:
-            return delivery.claim_batches(connection, max_attempts=max_attempts, run_id=run_id, ring_again=ring_again)
+            return sorted(
+                batch_id
+                for scheduled in (True, False)
+                for batch_id in delivery.claim_batches(
+                    connection,
+                    delivery.Claim(
+                        scheduled=scheduled, max_attempts=max_attempts, run_id=run_id, ring_again=ring_again
+                    ),
+                )
+            )
 
     def work(self, batch_ids: list[int]) -> list[Outcome]:
         """Do what a worker does with a message."""

@@ -76,8 +76,8 @@ def test_compose_and_the_dockerfile_agree_with_the_code(compose: Compose) -> Non
 
 
 PLANTED: list[tuple[Callable[[Compose], None], str]] = [
-    (swap("worker", "control,batches", "control"), "no worker drains the queue 'batches'"),
-    (swap("worker", "control,batches", "control,batches,bulk"), "the queue 'bulk' is not in celeryconfig"),
+    (swap("worker", "control,batches,bulk", "control,bulk"), "no worker drains the queue 'batches'"),
+    (swap("worker", "control,batches", "control,batches,urgent"), "the queue 'urgent' is not in celeryconfig"),
     (swap("worker", "--without-gossip", "--without-gosip"), "worker has no option --without-gosip"),
     (swap("worker", "worker@%h", "worker@here"), "replicas must differ in their --hostname"),
     (put("worker", stop_grace_period="10s"), "killed before a statement's time limit"),
