@@ -159,7 +159,7 @@ _DECIDE = """
 decide(
     {as_of}, u.active, {hold}, u.next_refresh_at, u.credit_balance, u.custom_credit_amount,
     u.credit_refresh_day, u.timezone, p.active, p.cadence, p.interval_days, p.day_of_month, p.time_of_day, p.timezone,
-    p.grant_mode, p.amount, p.rollover_cap
+    p.grant_mode, p.amount, p.rollover_cap, u.refresh_shortfall
 )
 """
 _FACTS = """
