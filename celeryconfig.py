@@ -37,6 +37,7 @@ class TaskNames:
     SCAN = "tasks.scan"
     BATCH = "tasks.batch"
     UPKEEP = "tasks.upkeep"
+    VERIFY = "tasks.verify"
 
 
 # --- broker ---------------------------------------------------------------------------------------------------------
@@ -78,6 +79,7 @@ task_create_missing_queues = False  # a typo in a route is an error, not a queue
 task_routes = {
     TaskNames.SCAN: {"queue": QueueNames.CONTROL},
     TaskNames.UPKEEP: {"queue": QueueNames.CONTROL},
+    TaskNames.VERIFY: {"queue": QueueNames.CONTROL},
     TaskNames.BATCH: {"queue": QueueNames.BATCHES},  # or the other one: tasks/publish.py says which
 }
 
@@ -121,4 +123,6 @@ _LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
 beat_schedule: dict[str, dict[str, Any]] = {
     "scan": {"task": TaskNames.SCAN, "schedule": _scan_at, "last_run_at": _LONG_AGO},
     "upkeep": {"task": TaskNames.UPKEEP, "schedule": _upkeep_at, "last_run_at": _LONG_AGO},
+    # In a quiet hour, and not on the hour, when scans begin. Nothing is owed for a night that nobody watched.
+    "verify": {"task": TaskNames.VERIFY, "schedule": crontab(minute="17", hour="3")},
 }

@@ -4,5 +4,6 @@ from tasks.app import app
 from tasks.batch import batch
 from tasks.scan import scan
 from tasks.upkeep import upkeep
+from tasks.verify import verify
 
-__all__ = ["app", "batch", "scan", "upkeep"]
+__all__ = ["app", "batch", "scan", "upkeep", "verify"]

@@ -1,0 +1,80 @@
+"""The nightly audit: read the books, log what cannot be right, and keep that it was done."""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import structlog
+
+import logs
+from celeryconfig import TaskNames
+from refresh import verify as audit
+from tasks.app import app, config, database, heartbeat_path
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger("credits.verify")
+
+HEARTBEAT_SECONDS = 10
+LOGGED_MAX = 100
+"""Findings of one name that are logged; `credits verify` shows the others."""
+
+
+@app.task(name=TaskNames.VERIFY)
+def verify() -> None:
+    """Beat's nightly task. It reads the books at one instant and writes a row of the audit log afterwards."""
+    began = time.monotonic()
+    with _heartbeat(), database().transaction() as connection:
+        report = audit.verify(connection, _terms(), limit=LOGGED_MAX, on_finding=_log)
+    report.seconds = time.monotonic() - began
+    with database().transaction() as connection:
+        audit.record(connection, report, actor="beat")
+    say = log.error if report.findings else log.info
+    say(
+        f"{logs.PREFIX} Verified: {report.summary}",
+        findings=report.findings,
+        counts=dict(report.counts),
+        seconds=round(report.seconds, 3),
+    )
+
+
+def _terms() -> audit.Terms:
+    return audit.Terms(
+        config.interval,
+        config.credit_refresh_cron,
+        enabled=config.credit_refresh_enabled,
+        dry_run=config.credit_refresh_dry_run,
+        top_ups=config.credit_refresh_top_ups,
+    )
+
+
+def _log(finding: audit.Finding) -> None:
+    log.error(
+        f"{logs.PREFIX} Verify found {finding.name}: {finding.text}",
+        finding=finding.name,
+        user_id=finding.user,
+        run_id=finding.run_id,
+        way_out=finding.way_out,
+    )
+
+
+@contextmanager
+def _heartbeat() -> Iterator[None]:
+    """A solo worker sends none while it works, and a check over ten million rows takes longer than its health check."""
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(HEARTBEAT_SECONDS):
+            heartbeat_path("worker").touch()
+
+    beating = threading.Thread(target=beat, daemon=True)
+    beating.start()
+    try:
+        yield
+    finally:
+        done.set()
+        beating.join()
