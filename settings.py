@@ -81,7 +81,7 @@ class Settings(BaseSettings):
     """Task events feed Flower; they cost about a fifth of the throughput (`make bench`)."""
 
     credit_refresh_top_ups: bool = False
-    """The host adds credits too (it sells or returns some): the nightly `verify` is not to report balances that rose."""
+    """The host adds credits too, as it sells or returns some: `verify` at night does not report balances that rose."""
 
     credits_free_tier: int = Field(default=1_000, ge=1, le=2**63 - 1)
     credits_pro_tier: int = Field(default=20_000, ge=1, le=2**63 - 1)

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 ERROR = 1
 REFUSED = 2
@@ -13,16 +14,25 @@ FINISHED_WITH_FAILURES = 3
 
 # Imported when they are called: `credits --help` need not load Celery and a database driver. Each with its help line.
 _COMMANDS = {
+    "bulk-refresh": ("cli.bulk", "Refresh a plan, a file of users, or all who are due."),
+    "completion": ("cli.completion", "Print the script that makes a shell complete commands."),
     "db": ("cli.database", "Prepare the database and check it."),
     "demo": ("cli.demo", "Refresh sample users by real servers, workers and beat."),
+    "doctor": ("cli.doctor", "Look at everything that the service needs; say what to do."),
+    "forecast": ("cli.forecast", "Show the refreshes and credits of the days ahead, by plan."),
+    "history": ("cli.history", "Show what a user was granted, and what not."),
     "hold": ("cli.hold", "Keep a user from being refreshed."),
     "pause": ("cli.switch", "Grant nothing on any path until `credits resume`."),
     "plans": ("cli.plans", "Show, preview and change what a tier grants, and when."),
+    "refresh": ("cli.refresh", "Refresh one user, there and then."),
     "release": ("cli.hold", "End a user's hold."),
     "resume": ("cli.switch", "End a pause."),
+    "runs": ("cli.runs", "List, show and watch runs; apply, roll back, retry and cancel them."),
     "scan": ("cli.scan", "Find all due users and have the workers refresh them."),
+    "stats": ("cli.stats", "Show how runs went: success, durations, failures by cause."),
     "up": ("cli.up", "Run workers, beat and Flower until Ctrl-C."),
     "users": ("cli.users", "Import users, show one, give dates to those who have none."),
+    "verify": ("cli.verify", "Check that the books are right."),
     "why": ("cli.why", "Say why a user is, or is not, refreshed."),
 }
 
@@ -34,11 +44,16 @@ class _Commands(click.Group):
         del ctx
         return sorted(_COMMANDS)
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Names and help lines, without loading what is behind them."""
+        names = [CompletionItem(n, help=line) for n, (_, line) in sorted(_COMMANDS.items()) if n.startswith(incomplete)]
+        return [*names, *click.Command.shell_complete(self, ctx, incomplete)]
+
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         del ctx
         if cmd_name not in _COMMANDS:
             return None
-        command: click.Command = getattr(import_module(_COMMANDS[cmd_name][0]), cmd_name)
+        command: click.Command = getattr(import_module(_COMMANDS[cmd_name][0]), cmd_name.replace("-", "_"))
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

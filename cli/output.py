@@ -9,8 +9,19 @@ import click
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
+from rich.text import Text
 
 import settings
 
@@ -31,13 +42,22 @@ def answer(text: str, facts: dict[str, Any], *, as_json: bool) -> None:
         out.print(text, soft_wrap=True, markup=False)
 
 
+class _Rate(ProgressColumn):
+    """How fast it goes, lately."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:,.0f}/s" if task.speed else "", style="progress.data.speed")
+
+
 def progress(*, in_bytes: bool = False) -> Progress:
     """A bar on stderr; nothing at all where stderr is no terminal."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         DownloadColumn() if in_bytes else MofNCompleteColumn(),
+        *(() if in_bytes else (_Rate(),)),
         TimeElapsedColumn(),
+        TimeRemainingColumn(),
         console=err,
         disable=not err.is_terminal,
         transient=False,

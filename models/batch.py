@@ -24,6 +24,8 @@ class Batch(Base):
             " = cardinality(user_ids)",
             name="accounted",
         ),
+        # The statement that would close it without one of its users fails, and so changes nobody.
+        CheckConstraint("NOT atomic OR status <> 'done' OR users_failed + users_deferred = 0", name="all_or_none"),
         Index("ix_credit_refresh_batches_run_id_seq", "run_id", "seq"),
         Index("ix_credit_refresh_batches_pending", "run_id", "id", postgresql_where=text("status = 'pending'")),
         # Filled to half, closing a batch finds room on its own page.

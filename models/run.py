@@ -30,13 +30,17 @@ class Run(Base):
         # Two beats, one run: the second finds the slot taken.
         Index("uq_credit_refresh_runs_slot", "slot", unique=True, postgresql_where=text("NOT dry_run")),
         Index("uq_credit_refresh_runs_slot_dry", "slot", unique=True, postgresql_where=text("dry_run")),
-        # A run is applied once and rolled back once.
+        # A run is applied once, and rolled back once: but for single users, and for what a cancelled rollback left. A
+        # grant knows by itself that it was taken back.
         Index(
             "uq_credit_refresh_runs_parent",
             "parent_run_id",
             "kind",
             unique=True,
-            postgresql_where=text("kind IN ('apply', 'rollback') AND NOT dry_run"),
+            postgresql_where=text(
+                "kind IN ('apply', 'rollback') AND NOT dry_run"
+                " AND NOT (kind = 'rollback' AND (status = 'cancelled' OR selection -> 'users' IS NOT NULL))"
+            ),
         ),
         Index("ix_credit_refresh_runs_running", "id", postgresql_where=text("status = 'running'")),
         Index("ix_credit_refresh_runs_created_at", "created_at"),

@@ -53,6 +53,7 @@ _DRAINED_ANY = _DRAINED.format(which="true")
 _FINISH = """
 UPDATE credit_refresh_runs AS r SET
     status = CASE
+        WHEN t.cancelled THEN 'cancelled'
         WHEN t.failed = 0 THEN 'succeeded'
         WHEN t.refreshed + t.held + t.skipped > 0 THEN 'partial'
         ELSE 'failed'
@@ -66,7 +67,8 @@ FROM (
         sum(users_skipped) AS skipped, min(error) AS error,
         -- A statistic, where two grants of nearly 2^63 must not keep the run from ending.
         greatest(least(sum(credits_granted), 9223372036854775807), -9223372036854775807)::bigint AS credits,
-        sum(CASE status WHEN 'failed' THEN cardinality(user_ids) ELSE users_failed END) AS failed
+        sum(CASE status WHEN 'failed' THEN cardinality(user_ids) ELSE users_failed END) AS failed,
+        bool_or(status = 'cancelled') AS cancelled
     FROM credit_refresh_batches
     WHERE run_id = ANY (%(run_ids)s)
     GROUP BY run_id
@@ -83,7 +85,8 @@ def finish_runs(connection: psycopg.Connection[Any], run_ids: Iterable[UUID] | N
     """End the runs that have nothing pending any more, and sum up their totals.
 
     Args:
-        connection: in autocommit, and after the caller's own commit.
+        connection: in autocommit, and after the caller's own commit; or in a transaction that has the run's row
+            locked and has left it nothing pending (cancel.py).
         run_ids: which to look at; None: all that are running.
     """
     if run_ids is None:
@@ -142,7 +145,7 @@ FROM credit_refresh_runs AS r
 LEFT JOIN credit_refresh_batches AS b ON b.run_id = r.id
 LEFT JOIN LATERAL (
     SELECT
-        CASE b.status WHEN 'pending' THEN 0 ELSE cardinality(b.user_ids) - b.users_deferred END AS done,
+        CASE WHEN b.status IN ('done', 'failed') THEN cardinality(b.user_ids) - b.users_deferred ELSE 0 END AS done,
         CASE b.status WHEN 'failed' THEN cardinality(b.user_ids) ELSE b.users_failed END AS failed
 ) AS t ON true
 WHERE r.id = %(run_id)s

@@ -1,23 +1,25 @@
 """What a worker does with a batch: each kind of work in its own module, under one set of promises.
 
 Doing a batch again, at the same time or a day later, changes nothing: whoever comes second finds its row locked, or no
-longer pending. A batch that raises has changed nothing.
+longer pending. A batch that raises has changed nothing. Where it raised because of its users, it is done without those
+whom the database refuses (isolation.py), or not at all where it is all of them or none.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from uuid import UUID  # noqa: TC003 - psycopg's row factory builds the class at run time
 
+import psycopg
 from psycopg.rows import class_row
 
+from refresh import isolation
+from refresh.apply import apply_batch
 from refresh.batch import GRANT_ALL, GRANT_MANY, GRANT_ONE, PLAN
 from refresh.closing import Outcome, close_batch
 from refresh.regrid import REGRID_MANY, REGRID_ONE
-
-if TYPE_CHECKING:
-    import psycopg
+from refresh.reversal import reverse_batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,22 @@ def do_batch(connection: psycopg.Connection[Any], pending: Pending) -> Outcome |
     Raises:
         psycopg.Error: nothing was changed; upkeep tries again.
     """
+    try:
+        return _do_whole(connection, pending)
+    except psycopg.Error as error:
+        if not isolation.is_poison(error):
+            raise
+        if pending.atomic:
+            return isolation.fail_all(connection, pending.id, error)
+        return isolation.isolate(connection, pending, error, _do_whole)
+
+
+def _do_whole(connection: psycopg.Connection[Any], pending: Pending) -> Outcome | None:
+    """Do a batch by its kind of work: in autocommit, or in a savepoint of an isolation."""
+    if pending.work == "apply":
+        return apply_batch(connection, pending)
+    if pending.work == "rollback":
+        return reverse_batch(connection, pending.id, dry_run=pending.dry_run, lone=pending.lone)
     return close_batch(connection, pending.id, _statement(pending))
 
 

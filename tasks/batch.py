@@ -40,13 +40,21 @@ def _do(connection: psycopg.Connection[Any], pending: Pending) -> Outcome | None
     try:
         outcome = do_batch(connection, pending)
     except psycopg.Error as error:
-        # The statement changed nothing. Upkeep tries again: after a backoff, or, where the connection is gone and
-        # the failure cannot be noted, once the batch counts as lost.
+        # Not because of its users, and nothing was changed. Upkeep tries again: after a backoff, or, where the
+        # connection is gone and the failure cannot be noted, once the batch counts as lost.
         log.exception(f"{logs.PREFIX} Error refreshing credits", batch_id=pending.id, error=one_line(error))
         if connection.closed:
             raise
         delivery.record_failure(connection, pending.id, one_line(error))
         return None
+    if outcome and outcome.users_failed:
+        log.error(
+            f"{logs.PREFIX} Error refreshing credits: the database refused users of a batch",
+            batch_id=pending.id,
+            run_id=str(outcome.run_id),
+            users_failed=outcome.users_failed,
+            atomic=pending.atomic,
+        )
     if outcome and log.isEnabledFor(logging.DEBUG):
         for external_id, credits_added in granted_users(connection, pending.id):
             log.debug(

@@ -40,7 +40,7 @@ def _give_up() -> None:
         spent = delivery.give_up_batches(connection, max_attempts=config.credit_refresh_max_attempts)
     for batch_id, run_id, error in spent:
         log.error(
-            f"{logs.PREFIX} Error refreshing credits: a batch was given up; its users are due at the next scan",
+            f"{logs.PREFIX} Error refreshing credits: a batch was given up; `credits runs retry` takes its users up",
             batch_id=batch_id,
             run_id=str(run_id),
             error=error,

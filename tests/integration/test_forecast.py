@@ -93,6 +93,7 @@ def refreshes(
     while at < until:
         decision, spent = oracle.decide(user, plan, at), oracle.decide(poor, plan, at)
         assert decision.window is not None
+        assert decision.window.end is not None
         assert decision.credits_added is not None
         assert spent.credits_added is not None
         found.append((at.astimezone(UTC).date(), decision.credits_added, spent.credits_added))

@@ -3,6 +3,7 @@
 --   force        overrides not_due, unscheduled and external: a window of its own, from as_of to the end of the one that
 --                it restarts; what is due anyway is refreshed as ever
 --   keep_window  a forced refresh leaves the date where it is
+-- Where nothing has fallen due, held or not, the window's columns mean nothing: look at the verdict first.
 CREATE FUNCTION {schema}.decide(
     as_of timestamptz,
     user_active boolean, held boolean, hold_until timestamptz, due_at timestamptz, balance bigint,
@@ -45,10 +46,14 @@ LANGUAGE sql STABLE PARALLEL SAFE AS $$
             {schema}.credits_to_add(grant_mode, t.target, rollover_cap, balance) AS credits,
             CASE WHEN plan_cadence = 'rolling' AND user_day IS NOT NULL THEN 'monthly' ELSE plan_cadence END AS cadence
         FROM (
-            SELECT force AND (due_at IS NULL OR due_at > as_of OR plan_cadence = 'external') AS forced
+            -- A hold is not overridden, and a window of force's own does not fall due under it.
+            SELECT force AND NOT (held AND (hold_until IS NULL OR hold_until > as_of))
+                AND (due_at IS NULL OR due_at > as_of OR plan_cadence = 'external') AS forced
         ) AS f
         CROSS JOIN (
-            SELECT greatest(coalesce(custom_amount, plan_amount) - shortfall, 0) AS target
+            -- Not greatest(), which would make 0 of no amount at all.
+            SELECT a.amount - least(shortfall, a.amount) AS target
+            FROM (SELECT coalesce(custom_amount, plan_amount) AS amount) AS a
         ) AS t
         OFFSET 0
     ) AS g

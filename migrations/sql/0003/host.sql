@@ -1,12 +1,11 @@
--- What a host calls, reads and sets off, with shortfalls: the rest is as 0002 made it.
+-- What a host calls, reads and sets off, with shortfalls and forced grants: the rest is as 0002 made it.
 
--- The end of the last window that was granted to a user and not taken back.
+-- The end of what was granted to a user and not taken back. The latest end, which is not always that of the window that
+-- began last: a forced one begins at its run's instant, however late its batch is done.
 CREATE OR REPLACE FUNCTION {schema}.granted_until(of_user bigint) RETURNS timestamptz
 LANGUAGE sql STABLE SECURITY DEFINER SET search_path = {schema}, pg_temp AS $$
-    SELECT h.window_end FROM credit_refresh_histories AS h
+    SELECT max(h.window_end) FROM credit_refresh_histories AS h
     WHERE h.user_id = of_user AND h.status = 'refreshed' AND h.reversed_by_run_id IS NULL
-        AND h.window_end IS NOT NULL -- a forced grant outside any grid has none
-    ORDER BY h.window_start DESC LIMIT 1
 $$;
 
 -- Decides over one user, whom the caller has locked, and writes the history and audit rows of the grant; what becomes
@@ -23,7 +22,9 @@ BEGIN
         now(), u.active, u.credit_refresh_hold, u.hold_until, u.next_refresh_at, u.credit_balance,
         u.custom_credit_amount, u.credit_refresh_day, u.timezone,
         p.active, p.cadence, p.interval_days, p.day_of_month, p.time_of_day, p.timezone, p.grant_mode, p.amount,
-        p.rollover_cap, u.refresh_shortfall
+        p.rollover_cap, u.refresh_shortfall,
+        -- A new user's first window begins now, and ends at the date that the host has given, if it did.
+        grant_window.source = 'insert' AND p.cadence <> 'external', true
     );
     granted := (d.verdict, NULL, u.next_refresh_at, false);
     IF EXISTS (SELECT FROM settings WHERE NOT enabled OR dry_run) THEN
@@ -79,7 +80,9 @@ BEGIN
     granted := grant_window(u, source, actor);
     IF granted.newly_held THEN
         UPDATE users SET held_window = u.next_refresh_at, updated_at = now() WHERE id = u.id;
-    ELSIF granted.verdict = 'due' AND granted.next_refresh_at IS DISTINCT FROM u.next_refresh_at THEN
+    ELSIF granted.credits_added IS NOT NULL
+        OR (granted.verdict = 'due' AND granted.next_refresh_at IS DISTINCT FROM u.next_refresh_at)
+    THEN
         UPDATE users SET
             credit_balance = u.credit_balance + coalesce(granted.credits_added, 0),
             last_credit_refresh = CASE WHEN granted.credits_added IS NULL THEN u.last_credit_refresh ELSE now() END,
@@ -90,6 +93,108 @@ BEGIN
         WHERE id = u.id;
     END IF;
     RETURN granted;
+END
+$$;
+
+-- A user whom the host inserts without a balance: prepare_new_user has marked the row (0002).
+CREATE OR REPLACE FUNCTION {schema}.grant_new_user() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = {schema}, pg_temp AS $$
+DECLARE
+    granted granted;
+BEGIN
+    -- Without a plan there is no window yet; it begins when the plan comes (keep_to_grid).
+    UPDATE users SET
+        held_window = NULL,
+        next_refresh_at = coalesce(next_refresh_at, CASE WHEN EXISTS (
+            SELECT FROM plans WHERE code = users.plan_code AND cadence <> 'external'
+        ) THEN now() END)
+    WHERE id = new.id;
+    granted := refresh_user(new.id, 'insert', session_user);
+    -- Only the switch is in the way. The grant comes on resume, and a date ahead gives way to that.
+    IF granted.verdict = 'due' AND granted.credits_added IS NULL AND new.next_refresh_at > now() THEN
+        UPDATE users SET next_refresh_at = now() WHERE id = new.id;
+    END IF;
+    RETURN NULL;
+END
+$$;
+
+-- Another plan, day or zone begins a new grid at its first boundary at or after the present window's end: nothing is
+-- earned twice, however often it is repeated, and nothing is lost: wherever an earlier change has moved the date, the
+-- next one counts from that end again. A window stays closed after a rollback; one that a rollback has reopened has a
+-- date before its end, hence least(). Moving the date back by hand stops at the last grant's end too; what a rollback
+-- reopens, it says by setting credits.reopen.
+CREATE OR REPLACE FUNCTION {schema}.keep_to_grid() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = {schema}, pg_temp AS $$
+DECLARE
+    p plans;
+    since timestamptz;
+    closed_until timestamptz;
+    first_window boolean := false;
+BEGIN
+    SELECT * INTO p FROM plans WHERE code = new.plan_code;
+    -- Without a plan, there is no other grid to move to.
+    IF p.code IS NOT NULL AND new.next_refresh_at IS NOT DISTINCT FROM old.next_refresh_at THEN
+        -- Each branch in the form of its index.
+        SELECT max(h.window_end) INTO closed_until FROM (
+            SELECT window_end FROM credit_refresh_histories
+            WHERE user_id = old.id AND status = 'refreshed' AND reversed_by_run_id IS NULL
+            UNION ALL
+            SELECT window_end FROM credit_refresh_histories
+            WHERE user_id = old.id AND status = 'refreshed' AND reversed_by_run_id IS NOT NULL
+        ) AS h;
+        IF old.next_refresh_at IS NOT NULL THEN
+            since := least(old.next_refresh_at, closed_until);
+        -- No window is running: the user comes from no plan at all, or from one whose windows came from elsewhere.
+        ELSIF old.plan_code IS NULL OR EXISTS (
+            SELECT FROM plans WHERE code = old.plan_code AND cadence = 'external'
+        ) THEN
+            since := greatest(now(), closed_until);
+            -- A first plan begins the first window there and then, as at an insert.
+            first_window := old.plan_code IS NULL AND p.cadence <> 'external' AND closed_until IS NULL;
+        END IF;
+        new.next_refresh_at := CASE WHEN first_window THEN since ELSE first_boundary(
+            CASE WHEN p.cadence = 'rolling' AND new.credit_refresh_day IS NOT NULL THEN 'monthly' ELSE p.cadence END,
+            coalesce(new.credit_refresh_day, p.day_of_month), coalesce(p.time_of_day, '00:00'),
+            coalesce(new.timezone, p.timezone), since
+        ) END;
+    END IF;
+    IF current_setting('credits.reopen', true) IS DISTINCT FROM 'on' THEN
+        new.next_refresh_at := greatest(new.next_refresh_at, CASE
+            WHEN new.next_refresh_at IS NOT NULL THEN granted_until(new.id)
+        END);
+    END IF;
+    RETURN new;
+END
+$$;
+
+-- Who set, changed and ended a hold, whichever way it was done. A command says who asks in credits.actor.
+CREATE OR REPLACE FUNCTION {schema}.audit_hold() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = {schema}, pg_temp AS $$
+BEGIN
+    INSERT INTO credit_audit_logs (actor, action, user_id, balance_before, balance_after, credits, detail)
+    VALUES (
+        coalesce(nullif(current_setting('credits.actor', true), ''), session_user),
+        CASE WHEN new.credit_refresh_hold AND old.credit_refresh_hold AND (old.hold_until <= now()) IS NOT TRUE
+            THEN 'hold_changed'
+            WHEN new.credit_refresh_hold THEN 'hold_set'
+            WHEN old.hold_until <= now() THEN 'hold_expired'
+            ELSE 'hold_released' END,
+        new.id, new.credit_balance, new.credit_balance, 0,
+        -- What holds from now on, or what has ended.
+        CASE WHEN new.credit_refresh_hold THEN jsonb_build_object('reason', new.hold_reason, 'until', new.hold_until)
+            ELSE jsonb_build_object('reason', old.hold_reason, 'until', old.hold_until) END
+    );
+    -- Released by the flag alone: what the hold leaves behind must not become the next one's end. Here and not before
+    -- the update, where every batch would pay for the question.
+    IF TG_OP = 'UPDATE' AND NOT new.credit_refresh_hold
+        AND (new.hold_reason IS NOT NULL OR new.hold_until IS NOT NULL)
+        AND (old.hold_reason, old.hold_until) IS NOT DISTINCT FROM (new.hold_reason, new.hold_until)
+    THEN
+        UPDATE users SET hold_reason = NULL, hold_until = NULL
+        WHERE id = new.id AND NOT credit_refresh_hold
+            AND (hold_reason, hold_until) IS NOT DISTINCT FROM (new.hold_reason, new.hold_until);
+    END IF;
+    RETURN NULL;
 END
 $$;
 

@@ -21,10 +21,17 @@ ALTER TABLE {schema}.credit_refresh_runs
     ADD CONSTRAINT ck_credit_refresh_runs_kind_is_work CHECK (kind IN (work, 'retry')),
     ADD CONSTRAINT ck_credit_refresh_runs_subject
         CHECK ((work IN ('apply', 'rollback')) = (subject_run_id IS NOT NULL));
+DROP INDEX {schema}.uq_credit_refresh_runs_parent;
+-- A run is applied once, and rolled back once: but for single users, and for what a cancelled rollback left.
+CREATE UNIQUE INDEX uq_credit_refresh_runs_parent ON {schema}.credit_refresh_runs (parent_run_id, kind)
+    WHERE kind IN ('apply', 'rollback') AND NOT dry_run
+        AND NOT (kind = 'rollback' AND (status = 'cancelled' OR selection -> 'users' IS NOT NULL));
 
 ALTER TABLE {schema}.credit_refresh_batches
     -- All of its users or none: nobody is put off to another batch, and one failure undoes it.
-    ADD COLUMN atomic boolean NOT NULL DEFAULT false;
+    ADD COLUMN atomic boolean NOT NULL DEFAULT false,
+    ADD CONSTRAINT ck_credit_refresh_batches_all_or_none
+        CHECK (NOT atomic OR status <> 'done' OR users_failed + users_deferred = 0);
 
 ALTER TABLE {schema}.credit_refresh_histories
     -- Of a planned row, over what an apply must find unchanged.
