@@ -33,8 +33,9 @@ demo: setup
 up: setup
 	@.venv/bin/credits up $(ARGS)
 
+# A test process for each core, each with servers of its own; ARGS=-n0 for one.
 test: setup
-	@.venv/bin/pytest $(ARGS)
+	@.venv/bin/pytest --numprocesses=logical --maxprocesses=4 --dist=worksteal $(ARGS)
 
 test-long: setup
 	@.venv/bin/pytest --hypothesis-profile=long tests/integration/test_rule_properties.py $(ARGS)
