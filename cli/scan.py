@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
 import click
 
 from cli.main import FINISHED_WITH_FAILURES
-from cli.output import answer, err, json_option, progress
-from cli.session import Session, actor, session
+from cli.output import answer, json_option
+from cli.publishing import prepare_broker, summary, wait_for_run
+from cli.session import actor, session
 from cli.types import Instant
-from refresh import runs, totals
-from tasks.app import check_broker, use_broker
+from refresh import runs
 from tasks.publish import publish_batches
 
 if TYPE_CHECKING:
     from datetime import datetime
-    from uuid import UUID
 
-POLL_SECONDS = 0.2
-STALLED_SECONDS = 10.0
-"""How long `--wait` sees nothing move before it says what is missing."""
+__all__ = ["scan", "summary", "wait_for_run"]
 
 
 @click.command()
@@ -45,8 +41,7 @@ def scan(ctx: click.Context, *, dry_run: bool, as_of: datetime | None, wait: boo
         if not opened.settings.credit_refresh_enabled:
             _not_opened(runs.NotOpened("disabled"), as_json=as_json)
             return
-        use_broker(opened.settings.redis_url)
-        check_broker()  # before the run is open: a command that fails has done nothing
+        prepare_broker(opened)
         request = runs.Request(
             "cli",
             actor(),
@@ -74,40 +69,3 @@ def scan(ctx: click.Context, *, dry_run: bool, as_of: datetime | None, wait: boo
 
 def _not_opened(why: runs.NotOpened, *, as_json: bool) -> None:
     answer(f"Nothing was opened: {why.text}.", {"opened": False, "why": why.why}, as_json=as_json)
-
-
-def summary(run: totals.Progress) -> str:
-    """A finished run in a sentence."""
-    if run.kind == "regrid":
-        return (
-            f"Run {run.run_id} {run.status} in {run.seconds:.1f} s: {run.users_refreshed:,} users moved to the new "
-            f"grid, {run.users_skipped:,} skipped, {run.users_failed:,} failed."
-        )
-    would = "would be " if run.dry_run else ""
-    return (
-        f"Run {run.run_id} {run.status} in {run.seconds:.1f} s: {run.users_selected:,} users due, "
-        f"{run.users_refreshed:,} {would}refreshed, {run.users_held:,} held, {run.users_skipped:,} skipped, "
-        f"{run.users_failed:,} failed; {run.credits_granted:,} credits {would}granted."
-    )
-
-
-def wait_for_run(opened: Session, run_id: UUID, doing: str = "Refreshing") -> totals.Progress:
-    """Show a run's progress until it has ended."""
-    with opened.database.statements() as connection, progress() as bar:
-        task = bar.add_task(doing, total=None)
-        moved_at, seen, warned = time.monotonic(), -1, False
-        while True:
-            run = totals.read_progress(connection, run_id)
-            bar.update(task, total=run.users_selected, completed=run.users_done)
-            if run.status != "running":
-                return run
-            if run.users_done != seen:
-                moved_at, seen = time.monotonic(), run.users_done
-            elif not warned and time.monotonic() - moved_at > STALLED_SECONDS:
-                warned = True
-                err.print(
-                    "Nothing has moved for a while. Is a worker running (`credits up`, or `celery -A tasks worker`)? "
-                    "The run stays, and the next worker takes it up.",
-                    soft_wrap=True,
-                )
-            time.sleep(POLL_SECONDS)

@@ -22,7 +22,7 @@ KEY = "external_id"
 BALANCE = "credit_balance"
 NEXT = "next_refresh_at"
 
-_MAX_KEY_CHARACTERS = 500
+MAX_KEY_CHARACTERS = 500
 """An index row of PostgreSQL holds 2,704 bytes, and a character takes up to 4."""
 _SHOWN_CHARACTERS = 60
 _SHOWN_PLANS = 10
@@ -75,8 +75,8 @@ def _text(cell: str, _known: Known) -> str:
 
 
 def _key(cell: str, _known: Known) -> str:
-    if len(cell) > _MAX_KEY_CHARACTERS:
-        raise ValueError(f"is longer than {_MAX_KEY_CHARACTERS} characters")
+    if len(cell) > MAX_KEY_CHARACTERS:
+        raise ValueError(f"is longer than {MAX_KEY_CHARACTERS} characters")
     return cell
 
 

@@ -19,8 +19,8 @@ MAX_ROW_BYTES = 1_048_576
 """A row of all columns takes some 200. The limit keeps a file without line ends, or a quote that is never closed, from
 filling the memory; csv's own limit for one cell, 131,072 characters, ends most of these first."""
 
-_BOM = b"\xef\xbb\xbf"
-_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+BOM = b"\xef\xbb\xbf"
+UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 _CSV_ERRORS = {
     "unexpected end of data": "a quote is opened and never closed",
@@ -46,7 +46,7 @@ class Row(NamedTuple):
     problem: str | None
 
 
-class _Lines:
+class Lines:
     """Feeds a csv.reader, and knows where the row began that it is in."""
 
     def __init__(self, file: BinaryIO, at: int, line: int = 0) -> None:
@@ -106,10 +106,10 @@ class UserFile:
         self.name = name
         self.size = file.seek(0, 2)
         file.seek(0)
-        start = file.read(len(_BOM))
-        if start.startswith(_UTF16):
+        start = file.read(len(BOM))
+        if start.startswith(UTF16):
             raise RefusedError(f"{name} is UTF-16: save it as CSV in UTF-8")
-        self._lines = _Lines(file, len(_BOM) if start == _BOM else 0)
+        self._lines = Lines(file, len(BOM) if start == BOM else 0)
         self.columns = self._header()
 
     @property
@@ -119,7 +119,7 @@ class UserFile:
 
     def _header(self) -> list[Column]:
         allowed = f"allowed columns: {', '.join(COLUMNS)}"
-        row = next(_rows(self._lines), None)
+        row = next(read_rows(self._lines), None)
         if row is None:
             raise RefusedError(f"{self.name} is empty: it needs a header line; {allowed}")
         place = f"{self.name}, line {row.line}"
@@ -141,7 +141,7 @@ class UserFile:
     def rows(self) -> Iterator[Row]:
         """The rows after the header, once. Blank lines are left out."""
         width = len(self.columns)
-        for row in _rows(self._lines):
+        for row in read_rows(self._lines):
             if row.problem is None and len(row.cells) != width:
                 problem = f"the row has {len(row.cells)} cells, the header has {width}"
                 if (last := self._lines.number) > row.line:
@@ -152,15 +152,15 @@ class UserFile:
 
     def cells_at(self, at: int) -> list[str]:
         """The cells of the row at a place, as they stand there; the text itself where the row is no CSV."""
-        lines = _Lines(self._file, at)
-        row = next(_rows(lines), None)
+        lines = Lines(self._file, at)
+        row = next(read_rows(lines), None)
         if row is not None and row.cells:
             return row.cells
         self._file.seek(at)
         return [self._file.read(min(lines.end - at, MAX_ROW_BYTES)).decode(errors="surrogateescape").rstrip("\r\n")]
 
 
-def _rows(lines: _Lines) -> Iterator[Row]:
+def read_rows(lines: Lines) -> Iterator[Row]:
     # Strict: else csv guesses what stray quotes mean.
     reader = csv.reader(lines, strict=True)
     while True:

@@ -34,8 +34,11 @@ SCHEDULED = "scheduled"
 OPENING_LOCK_TIMEOUT = timedelta(minutes=5)
 """How long one opening waits for another. Cutting a million users into batches takes about a second."""
 
-ATOMIC_USERS_MAX = 10_000
-"""Users that are refreshed all or none: one statement, which holds all of their rows until it commits."""
+ATOMIC_USERS_MAX = 20_000
+"""Users that are refreshed all or none: one statement, which holds all of their rows until it commits, and a host that
+spends waits as long. Measured on two cores with fsync: 0.06 s for 1,000 users, 0.35 s for 10,000, 0.8 s for 20,000,
+2.0 s for 50,000, 4.8 s for 100,000. The rows are locked in place: the server's lock table has 100 entries more for any
+number of users, for tables, indexes and partitions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +240,32 @@ def find_opened(connection: psycopg.Connection[Any], request: Request, facts: Ma
     return Opened(run_id, dry_run, users_selected, batches_total, existing=True)
 
 
+def admit(
+    connection: psycopg.Connection[Any], request: Request, asked: Selection | None = None
+) -> Request | Opened | NotOpened:
+    """Whether there is anything to open: for whoever wants to know before they ask, and behind the door for certain.
+
+    Returns:
+        The request as it will be carried out, which is a dry one where all runs are; or the run that it has opened
+        before; or why none is opened.
+
+    Raises:
+        RefusedError: `as_of` lies in the future and the run is not dry; the idempotency key belongs to another request.
+    """
+    situation = connection.execute(_SITUATION, {"slot": request.slot, "dry_run": request.dry_run})
+    enabled, all_dry, now, slot_taken = one(situation)
+    request = replace(request, dry_run=request.dry_run or all_dry)
+    if existing := find_opened(connection, request, (asked or Selection()).facts(force=request.force)):
+        return existing
+    if not enabled:
+        return NotOpened("paused")
+    if slot_taken:
+        return NotOpened("slot_taken")
+    if request.as_of is not None and request.as_of > now and not request.dry_run:
+        raise RefusedError(f"{request.as_of.isoformat()} lies in the future: only a dry run may look ahead")
+    return request
+
+
 def open_run(
     connection: psycopg.Connection[Any], request: Request, asked: Selection | None = None
 ) -> Opened | NotOpened:
@@ -254,18 +283,10 @@ def open_run(
             nobody was found for a request that names them; or too many for one that is atomic.
     """
     lock_door(connection)
-    facts = (asked or Selection()).facts(force=request.force)
-    if existing := find_opened(connection, request, facts):
-        return existing
-    situation = connection.execute(_SITUATION, {"slot": request.slot, "dry_run": request.dry_run})
-    enabled, all_dry, now, slot_taken = one(situation)
-    if not enabled:
-        return NotOpened("paused")
-    if slot_taken:
-        return NotOpened("slot_taken")
-    request = replace(request, dry_run=request.dry_run or all_dry)
-    if request.as_of is not None and request.as_of > now and not request.dry_run:
-        raise RefusedError(f"{request.as_of.isoformat()} lies in the future: only a dry run may look ahead")
+    admitted = admit(connection, request, asked)
+    if not isinstance(admitted, Request):
+        return admitted
+    request = admitted
     if request.as_of is not None:
         ensure_partitions(connection, until=request.as_of)
     opened = cut(connection, request, _chosen(request, asked), even_empty=asked is None)

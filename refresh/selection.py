@@ -38,14 +38,15 @@ class Selection:
     """The users whom somebody asks for; what is None does not matter. All of it together has to hold.
 
     Attributes:
+        user: the one with this external id.
         plan: users of this plan.
         next_refresh_before: whose date lies before it.
         balance_below: who have fewer credits.
         active: who are active, or are not.
-        listed: who are in the file that was loaded, None without a file: how many ids it has that are users, that are
-            not, and a digest over all of them.
+        listed: who are in the file that was loaded (`user_files.Listed.content()`); None without a file.
     """
 
+    user: str | None = None
     plan: str | None = None
     next_refresh_before: datetime | None = None
     balance_below: int | None = None
@@ -60,6 +61,7 @@ class Selection:
         """What the run's row keeps of it."""
         return {
             "due": not force,
+            **({"user": self.user} if self.user is not None else {}),
             **({"plan": self.plan} if self.plan is not None else {}),
             **({"nextRefreshBefore": self.next_refresh_before.isoformat()} if self.next_refresh_before else {}),
             **({"balanceBelow": self.balance_below} if self.balance_below is not None else {}),
@@ -85,7 +87,7 @@ WHERE h.status = 'planned' AND h.reason = 'scheduled' AND h.window_start >= u.ne
 
 # Of a plan that is atomic, all users in one batch.
 _WHOLE = "CASE WHEN %(atomic)s THEN '' WHEN p.atomic THEN p.code END"
-_DUE = "u.wake_at <= coalesce(%(as_of)s::timestamptz, now()) AND p.active AND p.cadence <> 'external'"
+IS_DUE = "u.wake_at <= coalesce(%(as_of)s::timestamptz, now()) AND p.active AND p.cadence <> 'external'"
 
 DUE = f"""
 taken AS MATERIALIZED ({{taken}}),
@@ -93,13 +95,14 @@ selected AS (
     SELECT u.id, {_WHOLE} AS whole
     FROM users AS u
     JOIN plans AS p ON p.code = u.plan_code
-    WHERE {_DUE} AND NOT EXISTS (SELECT FROM taken AS t WHERE t.user_id = u.id)
+    WHERE {IS_DUE} AND NOT EXISTS (SELECT FROM taken AS t WHERE t.user_id = u.id)
 )
 """  # noqa: S608 - texts of this module alone
 
 # The parameters are known when PostgreSQL plans, so what was not asked for costs nothing.
 MATCHING = """
-(%(plan)s::text IS NULL OR u.plan_code = %(plan)s::text)
+(%(user)s::text IS NULL OR u.external_id = %(user)s::text)
+AND (%(plan)s::text IS NULL OR u.plan_code = %(plan)s::text)
 AND (%(next_refresh_before)s::timestamptz IS NULL OR u.next_refresh_at < %(next_refresh_before)s::timestamptz)
 AND (%(balance_below)s::bigint IS NULL OR u.credit_balance < %(balance_below)s::bigint)
 AND (%(active)s::boolean IS NULL OR u.active = %(active)s::boolean)
@@ -112,7 +115,7 @@ selected AS (
     SELECT u.id, {_WHOLE} AS whole
     FROM users AS u
     LEFT JOIN plans AS p ON p.code = u.plan_code
-    WHERE {{matching}} AND (%(force)s OR ({_DUE}))
+    WHERE {{matching}} AND (%(force)s OR ({IS_DUE}))
         AND NOT EXISTS (SELECT FROM taken AS t WHERE t.user_id = u.id)
 )
 """  # noqa: S608 - texts of this module alone
