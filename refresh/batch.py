@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 
 
 # A second delivery finds the row locked, or no longer pending once the first has committed.
-_TAKE = """
+TAKE = """
 WITH batch AS MATERIALIZED (
     SELECT
         b.id, b.run_id, b.seq, b.user_ids, b.attempts, coalesce(r.as_of, now()) AS as_of, r.requested_by, r.reason,
-        r.force, r.keep_window, r.amount,
+        r.force, r.keep_window, r.amount, r.subject_run_id,
         -- Beat's rows need none.
         CASE WHEN r.source <> 'beat' THEN jsonb_build_object('reason', r.reason) END AS detail
     FROM credit_refresh_batches AS b
     JOIN credit_refresh_runs AS r ON r.id = b.run_id
-    WHERE b.id = %(batch_id)s AND b.status = 'pending' AND r.status = 'running' AND r.work = 'refresh'
+    WHERE b.id = %(batch_id)s AND b.status = 'pending' AND r.status = 'running' AND r.work = '{work}'
         AND r.dry_run = {dry_run} AND (SELECT enabled FROM settings)
     FOR UPDATE OF b SKIP LOCKED
 ),
@@ -46,7 +46,9 @@ locked AS MATERIALIZED (
     WHERE u.id = ANY ((SELECT user_ids FROM batch)::bigint[])
     {lock}
 ),
-decided AS MATERIALIZED (
+"""
+# An apply takes and decides by the same texts, and compares before it grants.
+DECIDE = """
     SELECT
         l.id AS user_id, l.plan_code, l.credit_balance, l.last_credit_refresh, l.next_refresh_at,
         l.refresh_shortfall, p.grant_mode, d.verdict, d.window_start, d.window_end, d.first_missed_at,
@@ -63,11 +65,11 @@ decided AS MATERIALIZED (
         p.active, p.cadence, p.interval_days, p.day_of_month, p.time_of_day, p.timezone, p.grant_mode, p.amount,
         p.rollover_cap, l.refresh_shortfall, b.force, b.keep_window
     ) AS d
-),
 """
+_DECIDED = f"decided AS MATERIALIZED ({DECIDE}),"
 
 # History first, balance second: what the unique key refuses moves no credits.
-_GRANT = """
+GRANT = """
 history AS (
     INSERT INTO credit_refresh_histories (
         run_id, user_id, status, window_start, window_end, first_missed_at, windows_passed, plan_code, grant_mode,
@@ -133,14 +135,14 @@ audit AS (
 ),
 """
 
-_COUNT = """
+COUNT = """
 counts AS (
     SELECT
         (SELECT count(*) FROM moved WHERE status = 'refreshed') AS refreshed,
         (SELECT count(*) FROM decided WHERE verdict = 'held') AS held,
-        (SELECT count(*) FROM decided WHERE verdict = 'overflow') AS failed,
+        (SELECT count(*) FROM decided WHERE verdict = '{failed}') AS failed,
         -- Not due any more, without a plan, inactive, refused by the key; or deleted by the host since the scan.
-        (SELECT count(*) FROM decided WHERE verdict NOT IN ('due', 'held', 'overflow'))
+        (SELECT count(*) FROM decided WHERE verdict NOT IN ('due', 'held', '{failed}'))
             + (SELECT count(*) FROM moved WHERE verdict = 'due' AND status IS NULL)
             + (SELECT count(*) FROM missed WHERE NOT is_there) AS skipped,
         coalesce((SELECT sum(users) FROM deferred), 0) AS deferred,
@@ -207,10 +209,16 @@ audit AS (
 )
 """
 
-GRANT_MANY = _TAKE.format(dry_run="false", lock=LOCK_SKIPPING) + _GRANT + DEFER + _COUNT + CLOSE
-GRANT_ONE = _TAKE.format(dry_run="false", lock=LOCK_WAITING) + _GRANT + DEFER + _COUNT + CLOSE
-GRANT_ALL = _TAKE.format(dry_run="false", lock=LOCK_ALL) + _GRANT + DEFER + _COUNT + CLOSE
-PLAN = _TAKE.format(dry_run="true", lock="ORDER BY u.id") + _PLAN.format(digest=DIGEST.format(row="d")) + CLOSE
+_REFRESH = GRANT + DEFER + COUNT.format(failed="overflow") + CLOSE
+GRANT_MANY = TAKE.format(work="refresh", dry_run="false", lock=LOCK_SKIPPING) + _DECIDED + _REFRESH
+GRANT_ONE = TAKE.format(work="refresh", dry_run="false", lock=LOCK_WAITING) + _DECIDED + _REFRESH
+GRANT_ALL = TAKE.format(work="refresh", dry_run="false", lock=LOCK_ALL) + _DECIDED + _REFRESH
+PLAN = (
+    TAKE.format(work="refresh", dry_run="true", lock="ORDER BY u.id")
+    + _DECIDED
+    + _PLAN.format(digest=DIGEST.format(row="d"))
+    + CLOSE
+)
 
 
 # At DEBUG level alone, for those who read the log user by user.

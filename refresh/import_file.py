@@ -57,6 +57,7 @@ class Lines:
         self.begin()
 
     def begin(self) -> None:
+        """The next line is a row's first."""
         self.start_line = self.number + 1
         self.start = self.end
         self.problem: str | None = None
@@ -161,6 +162,7 @@ class UserFile:
 
 
 def read_rows(lines: Lines) -> Iterator[Row]:
+    """The rows of a file, the bad ones with their problem."""
     # Strict: else csv guesses what stray quotes mean.
     reader = csv.reader(lines, strict=True)
     while True:
