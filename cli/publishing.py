@@ -101,12 +101,18 @@ def answer_run(ctx: click.Context, carried: Carried, text: str, facts: dict[str,
 
 def summary(run: totals.Progress) -> str:
     """A finished run in a sentence."""
-    if run.kind == "regrid":
+    would = "would be " if run.dry_run else ""
+    if run.work == "regrid":
         return (
             f"Run {run.run_id} {run.status} in {run.seconds:.1f} s: {run.users_refreshed:,} users moved to the new "
             f"grid, {run.users_skipped:,} skipped, {run.users_failed:,} failed."
         )
-    would = "would be " if run.dry_run else ""
+    if run.work == "rollback":
+        return (
+            f"Run {run.run_id} {run.status} in {run.seconds:.1f} s: {run.users_refreshed:,} users {would}taken back, "
+            f"{run.users_skipped:,} skipped, {run.users_failed:,} failed; {-run.credits_granted:,} credits "
+            f"{would}taken back."
+        )
     return (
         f"Run {run.run_id} {run.status} in {run.seconds:.1f} s: {run.users_selected:,} users, "
         f"{run.users_refreshed:,} {would}refreshed, {run.users_held:,} held, {run.users_skipped:,} skipped, "

@@ -96,9 +96,9 @@ moved AS (
         credit_balance = u.credit_balance + coalesce(h.credits_added, 0),
         last_credit_refresh = CASE WHEN h.status = 'refreshed' THEN now() ELSE u.last_credit_refresh END,
         next_refresh_at = CASE
-            WHEN d.newly_held THEN u.next_refresh_at
             -- A forced grant outside any grid has no end, and leaves the date as it is.
-            WHEN h.status IS NOT NULL THEN coalesce(d.window_end, u.next_refresh_at)
+            WHEN d.newly_held OR d.window_end IS NULL THEN u.next_refresh_at
+            WHEN h.status IS NOT NULL THEN d.window_end
             -- Refused by the key: to the end of what was granted, which another plan may have given another length.
             ELSE greatest(d.window_end, (
                 SELECT max(g.window_end) FROM credit_refresh_histories AS g

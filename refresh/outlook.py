@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from psycopg.types.json import Jsonb
 
+from refresh.regrid import CLOSED_UNTIL
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from datetime import date, datetime
@@ -151,14 +153,20 @@ dated AS (
         SELECT CASE
             WHEN p.moved IS NOT TRUE OR (u.next_refresh_at IS NULL AND NOT p.leaves_external) THEN u.next_refresh_at
             WHEN p.cadence = 'rolling' AND u.credit_refresh_day IS NULL
-                THEN coalesce(u.next_refresh_at, greatest(now(), granted_until(u.id)))
+                THEN s.since
             ELSE first_boundary(
                 CASE p.cadence WHEN 'rolling' THEN 'monthly' ELSE p.cadence END,
                 coalesce(u.credit_refresh_day, p.day_of_month), coalesce(p.time_of_day, '00:00'),
-                coalesce(u.timezone, p.timezone),
-                coalesce(u.next_refresh_at, greatest(now(), granted_until(u.id)))
+                coalesce(u.timezone, p.timezone), s.since
             )
         END AS due_at
+        FROM (
+            SELECT CASE
+                WHEN p.moved IS NOT TRUE THEN NULL
+                WHEN u.next_refresh_at IS NULL THEN greatest(now(), {closed_until})
+                ELSE least(u.next_refresh_at, {closed_until})
+            END AS since
+        ) AS s
         OFFSET 0
     ) AS d
     OFFSET 0
@@ -260,7 +268,7 @@ FROM (
 GROUP BY plan_code, state, day
 ORDER BY day, plan_code
 """
-_FORECAST = _PLANS + _FIRST + _LATER
+_FORECAST = _PLANS + _FIRST.format(closed_until=CLOSED_UNTIL.format(rows="")) + _LATER
 
 
 def read_outlook(connection: psycopg.Connection[Any], until: datetime, drafts: list[Draft]) -> Outlook:

@@ -3,9 +3,10 @@
     open: the users whose date would move → batches      (the door of runs.py)
     per batch, one statement: lock → first boundary at or after the present window's end → users, audit → close
 
-Nothing is granted and no date moves back: until a user's batch is done they are on the old date, which is never earlier
-than the end of the last window granted. Doing a batch twice, or after another change of the plan, moves users to where
-the plan says then. A single user's plan, day or zone is the trigger keep_to_grid's business, under the same rule.
+Nothing is granted, and no date moves before the end of the last window granted, from which every change counts: where
+an earlier change has moved a date ahead, changing back restores it. Until a user's batch is done they are on the old
+date. Doing a batch twice, or after another change of the plan, moves users to where the plan says then. A single user's
+plan, day or zone is the trigger keep_to_grid's business, under the same rule.
 """
 
 from __future__ import annotations
@@ -23,18 +24,55 @@ if TYPE_CHECKING:
     import psycopg
 
 # A user's own day makes a rolling plan monthly for them; without one, a rolling grid begins wherever the present window
-# ends, and nobody moves.
+# ends.
 _BOUNDARY = """
-CASE WHEN p.cadence = 'rolling' AND u.credit_refresh_day IS NULL THEN {since} ELSE first_boundary(
+CASE WHEN p.cadence = 'rolling' AND u.credit_refresh_day IS NULL THEN s.since ELSE first_boundary(
     CASE p.cadence WHEN 'rolling' THEN 'monthly' ELSE p.cadence END,
     coalesce(u.credit_refresh_day, p.day_of_month), coalesce(p.time_of_day, '00:00'),
-    coalesce(u.timezone, p.timezone), {since}
+    coalesce(u.timezone, p.timezone), s.since
 ) END
 """
 
-# The plan comes as parameters, so that the same question can be asked before the plan is saved. A user without a date
-# has one again when the plan leaves `external`; otherwise they are unscheduled, and stay so.
-_MOVING = """
+# The end of a user's last window, whether or not a rollback has taken its credits back since. Each branch is in the
+# form of its index, and `rows` says which of its rows are read.
+CLOSED_UNTIL = """
+(
+    SELECT max(c.window_end) FROM (
+        (SELECT window_end FROM credit_refresh_histories
+        WHERE user_id = u.id AND status = 'refreshed' AND reversed_by_run_id IS NULL AND window_end IS NOT NULL {rows})
+        UNION ALL
+        (SELECT window_end FROM credit_refresh_histories
+        WHERE user_id = u.id AND status = 'refreshed' AND reversed_by_run_id IS NOT NULL AND window_end IS NOT NULL
+        {rows})
+    ) AS c
+)
+"""
+# Months outside these days are not opened: half a user's history costs as much as all of the months do.
+_DAYS_BEFORE = "AND window_start >= u.next_refresh_at - interval '{hours} hours' AND window_start < u.next_refresh_at"
+# The usual user is the one whose date is their last window's end: 4 microseconds.
+_STAYS = f"""
+EXISTS (
+    SELECT FROM credit_refresh_histories
+    WHERE user_id = u.id AND status = 'refreshed' AND reversed_by_run_id IS NULL AND window_end > g.moves_from
+        {_DAYS_BEFORE.format(hours=32 * 24)}
+)
+"""
+_LATEST = "ORDER BY window_start DESC LIMIT 1"
+_LAST_END = f"""
+coalesce(
+    {CLOSED_UNTIL.format(rows=_DAYS_BEFORE.format(hours=64 * 24) + " " + _LATEST)},
+    {CLOSED_UNTIL.format(rows=_DAYS_BEFORE.format(hours=400 * 24) + " " + _LATEST)},
+    {CLOSED_UNTIL.format(rows=_LATEST)}
+)
+"""
+
+# Who would get another date. The plan comes as parameters, so that the same question can be asked before it is saved.
+# A user without a date has one again when the plan leaves `external`; otherwise they are unscheduled, and stay so.
+# Whose date is no boundary of the new grid moves, whatever their history. Of the others those move whom an earlier
+# change has moved ahead of a boundary: their last window ended at `moves_from` or before. Who was never refreshed has
+# no window to go back to. Over 300,000 users with 3,600,000 windows in 35 partitions it takes 0.3 to 1.2 seconds, and
+# 3 where all of them were moved ahead.
+_SELECTED = f"""
 selected AS (
     SELECT u.id, NULL::text AS whole
     FROM users AS u
@@ -43,14 +81,28 @@ selected AS (
             %(cadence)s::text AS cadence, %(day_of_month)s::smallint AS day_of_month,
             %(time_of_day)s::time AS time_of_day, %(timezone)s::text AS timezone
     ) AS p
+    LEFT JOIN LATERAL refresh_window(
+        CASE p.cadence WHEN 'rolling' THEN 'monthly' ELSE p.cadence END, 1,
+        coalesce(u.credit_refresh_day, p.day_of_month), coalesce(p.time_of_day, '00:00'),
+        coalesce(u.timezone, p.timezone), NULL, u.next_refresh_at - interval '1 microsecond'
+    ) AS w ON p.cadence <> 'rolling' OR u.credit_refresh_day IS NOT NULL
+    CROSS JOIN LATERAL (
+        SELECT
+            CASE WHEN p.cadence = 'rolling' AND u.credit_refresh_day IS NULL THEN u.next_refresh_at
+                ELSE w.window_end END AS next_refresh_at,
+            CASE WHEN p.cadence = 'rolling' AND u.credit_refresh_day IS NULL
+                THEN u.next_refresh_at - interval '1 microsecond' ELSE w.window_start END AS moves_from
+    ) AS g
     WHERE u.plan_code = %(code)s AND CASE
         WHEN u.next_refresh_at IS NULL THEN %(leaves_external)s
-        ELSE {boundary} IS DISTINCT FROM u.next_refresh_at
+        WHEN g.next_refresh_at IS DISTINCT FROM u.next_refresh_at THEN true
+        WHEN u.last_credit_refresh IS NULL THEN false
+        WHEN {_STAYS} THEN false
+        ELSE {_LAST_END} <= g.moves_from
     END
 )
-"""
-_SELECTED = _MOVING.format(boundary=_BOUNDARY.format(since="u.next_refresh_at"))
-_COUNT = f"WITH {_SELECTED} SELECT count(*) FROM selected"  # noqa: S608 - texts of this module alone
+"""  # noqa: S608 - texts of this module alone
+_COUNT = f"WITH {_SELECTED} SELECT count(*) FROM selected"  # noqa: S608 - the same
 
 _MOVE = """
 WITH batch AS MATERIALIZED (
@@ -77,8 +129,9 @@ bounds AS MATERIALIZED (
     JOIN locked AS u ON u.plan_code = p.code
     CROSS JOIN LATERAL (
         SELECT CASE
-            WHEN u.next_refresh_at IS NULL AND b.leaves_external THEN greatest(now(), granted_until(u.id))
-            ELSE u.next_refresh_at
+            -- One that a rollback has reopened has a date before its end.
+            WHEN u.next_refresh_at IS NOT NULL THEN least(u.next_refresh_at, {closed_until})
+            WHEN b.leaves_external THEN greatest(now(), {closed_until})
         END AS since
     ) AS s
 ),
@@ -108,9 +161,14 @@ counts AS (
     CROSS JOIN (SELECT coalesce(sum(users), 0) AS users FROM deferred) AS d
 )
 """
-_MOVED = _BOUNDARY.format(since="s.since")
-REGRID_MANY = _MOVE.format(boundary=_MOVED, lock=LOCK_SKIPPING) + DEFER + _COUNTS + CLOSE
-REGRID_ONE = _MOVE.format(boundary=_MOVED, lock=LOCK_WAITING) + DEFER + _COUNTS + CLOSE
+
+
+def _move(lock: str) -> str:
+    return _MOVE.format(boundary=_BOUNDARY, closed_until=CLOSED_UNTIL.format(rows=""), lock=lock)
+
+
+REGRID_MANY = _move(LOCK_SKIPPING) + DEFER + _COUNTS + CLOSE
+REGRID_ONE = _move(LOCK_WAITING) + DEFER + _COUNTS + CLOSE
 
 
 def count_moved(connection: psycopg.Connection[Any], plan: Mapping[str, Any], *, leaves_external: bool) -> int:

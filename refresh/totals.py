@@ -23,6 +23,7 @@ class Finished:
 
     run_id: UUID
     kind: str
+    work: str
     status: str
     dry_run: bool
     users_selected: int
@@ -75,7 +76,7 @@ FROM (
 ) AS t
 WHERE r.id = t.run_id AND r.status = 'running'
     AND NOT EXISTS (SELECT FROM credit_refresh_batches AS b WHERE b.run_id = r.id AND b.status = 'pending')
-RETURNING r.id AS run_id, r.kind, r.status, r.dry_run, r.users_selected, r.users_refreshed, r.users_held,
+RETURNING r.id AS run_id, r.kind, r.work, r.status, r.dry_run, r.users_selected, r.users_refreshed, r.users_held,
     r.users_skipped, r.users_failed, r.credits_granted,
     extract(epoch FROM r.finished_at - r.started_at)::float AS seconds
 """
@@ -105,6 +106,7 @@ class Progress:
 
     run_id: UUID
     kind: str
+    work: str
     source: str
     status: str
     dry_run: bool
@@ -129,7 +131,7 @@ class Progress:
 # A query over the batches, because a counter that each batch updates would make the workers queue for its row.
 _PROGRESS = """
 SELECT
-    r.id AS run_id, r.kind, r.source, r.status, r.dry_run, r.slot, r.users_selected,
+    r.id AS run_id, r.kind, r.work, r.source, r.status, r.dry_run, r.slot, r.users_selected,
     coalesce(sum(t.done), 0)::bigint AS users_done,
     coalesce(sum(b.users_refreshed), 0)::bigint AS users_refreshed,
     coalesce(sum(b.users_held), 0)::bigint AS users_held,

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from refresh.closing import Outcome
 
+_ENDED = {"regrid": "Users moved to their plan's grid", "rollback": "Rollback completed"}
+
 log: structlog.stdlib.BoundLogger = structlog.get_logger("credits.batch")
 
 
@@ -67,5 +69,4 @@ def _do(connection: psycopg.Connection[Any], pending: Pending) -> Outcome | None
 def log_finished(finished: Iterable[totals.Finished]) -> None:
     """Say of each run that it ended, and how."""
     for run in finished:
-        what = "Users moved to their plan's grid" if run.kind == "regrid" else "Batch refresh completed"
-        log.info(f"{logs.PREFIX} {what}", **run.facts())
+        log.info(f"{logs.PREFIX} {_ENDED.get(run.work, 'Batch refresh completed')}", **run.facts())

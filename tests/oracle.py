@@ -46,6 +46,19 @@ class User:
     custom_amount: int | None = None
     timezone: tzinfo | None = None
     active: bool = True
+    shortfall: int = 0
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a run was asked for that matters to the rule."""
+
+    force: bool = False
+    keep_window: bool = False
+    amount: int | None = None
+
+
+SCAN = Asked()
 
 
 @dataclass(frozen=True)
@@ -61,17 +74,17 @@ class Grid:
 
 @dataclass(frozen=True)
 class Window:
-    """A window, and what was missed before it."""
+    """A window, and what was missed before it. One that was forced outside any grid has no end."""
 
     start: datetime
-    end: datetime
+    end: datetime | None
     passed: int
     first_missed_at: datetime | None
 
 
 @dataclass(frozen=True)
 class Decision:
-    """A verdict and the facts beside it. No window: there is no grid, no due instant, or it lies ahead."""
+    """A verdict and the facts beside it. No window: nothing is granted, and none has fallen due under a hold."""
 
     verdict: str
     window: Window | None
@@ -153,28 +166,51 @@ def grid_of(user: User, plan: Plan) -> Grid | None:
     )
 
 
-def verdict(user: User, plan: Plan | None, added: int | None, as_of: datetime) -> str:  # noqa: PLR0911 - one for each
+def held(user: User, as_of: datetime) -> bool:
+    return user.held and (user.hold_until is None or user.hold_until > as_of)
+
+
+def verdict(  # noqa: PLR0911 - one for each
+    user: User, plan: Plan | None, added: int | None, as_of: datetime, *, force: bool
+) -> str:
     if not user.active:
         return "inactive"
     if plan is None or not plan.active:
         return "no_plan"
-    if user.held and (user.hold_until is None or user.hold_until > as_of):
+    if held(user, as_of):
         return "held"
-    if plan.cadence == "external":
+    if plan.cadence == "external" and not force:
         return "external"
-    if user.next_refresh_at is None:
+    if user.next_refresh_at is None and not force:
         return "unscheduled"
-    if user.next_refresh_at > as_of:
+    if user.next_refresh_at is not None and user.next_refresh_at > as_of and not force:
         return "not_due"
     return "overflow" if added is None else "due"
 
 
-def decide(user: User, plan: Plan | None, as_of: datetime) -> Decision:
+def forced_window(grid: Grid | None, due: datetime | None, as_of: datetime, *, keep: bool) -> Window:
+    """The window of force's own, of a user who is not due, unscheduled or external."""
+    ahead = due if due is not None and due > as_of else None
+    if keep or grid is None:
+        return Window(as_of, ahead, 0, None)
+    end = window(grid, as_of, as_of).end
+    assert end is not None
+    return Window(as_of, max(end, ahead) if ahead else end, 0, None)
+
+
+def decide(user: User, plan: Plan | None, as_of: datetime, asked: Asked = SCAN) -> Decision:
     """The verdict over one user at one instant, and the grant that it would be."""
-    if plan is None:
-        return Decision(verdict(user, None, None, as_of), None, user.custom_amount, None)
-    target = user.custom_amount if user.custom_amount is not None else plan.amount
+    amounts = (asked.amount, user.custom_amount, plan.amount if plan else None)
+    amount = next((amount for amount in amounts if amount is not None), None)
+    target = None if amount is None else max(amount - user.shortfall, 0)
+    if plan is None or target is None:
+        return Decision(verdict(user, plan, None, as_of, force=asked.force), None, target, None)
     added = credits(plan.grant_mode, target, plan.rollover_cap, user.balance)
+    said = verdict(user, plan, added, as_of, force=asked.force)
     grid, due = grid_of(user, plan), user.next_refresh_at
-    current = window(grid, due, as_of) if grid and due and due <= as_of else None
-    return Decision(verdict(user, plan, added, as_of), current, target, added)
+    current = None
+    if said in {"due", "overflow", "held"} and grid and due and due <= as_of:
+        current = window(grid, due, as_of)
+    elif said in {"due", "overflow"}:
+        current = forced_window(grid, due, as_of, keep=asked.keep_window)
+    return Decision(said, current, target, added)

@@ -30,11 +30,11 @@ UNION ALL SELECT 'retired', 'Retired', 1000, 'fill', NULL, 'rolling', 30, NULL, 
 """
 _USERS = """
 INSERT INTO users (external_id, plan_code, credit_balance, next_refresh_at, credit_refresh_hold, hold_until,
-    custom_credit_amount, credit_refresh_day, timezone, active)
-SELECT %s || '-' || n, plan, balance, at + due, hold, at + hold_for, custom, day, zone, active
+    custom_credit_amount, credit_refresh_day, timezone, active, refresh_shortfall)
+SELECT %s || '-' || n, plan, balance, at + due, hold, at + hold_for, custom, day, zone, active, coalesce(shortfall, 0)
 FROM jsonb_to_recordset(%s) AS u (
     n integer, plan text, balance bigint, due interval, hold boolean, hold_for interval, custom bigint, day smallint,
-    zone text, active boolean
+    zone text, active boolean, shortfall bigint
 )
 CROSS JOIN coalesce(%s::timestamptz, now()) AS at
 """
@@ -55,6 +55,7 @@ ordinary = {
     "day": st.sampled_from([None, None, 1, 15, 29, 31]),
     "zone": st.sampled_from([None, *ZONES]),
     "active": st.sampled_from([True, True, True, True, False]),
+    "shortfall": st.sampled_from([0, 0, 0, 250, 5_000]),
 }
 
 
@@ -63,10 +64,19 @@ def users(**other: st.SearchStrategy[object]) -> st.SearchStrategy[dict[str, obj
     return st.fixed_dictionaries({**ordinary, **other})
 
 
-# Few, and one alone who gets or loses much: the sum of a run's credits has to fit, too.
+# Few, and one alone who gets or loses much: the sum of a run's credits has to fit, too. A shortfall might leave nothing
+# to overflow.
 overflowing = st.one_of(
-    users(plan=st.sampled_from(["rolling-add", "monthly-add", "daily-add"]), balance=st.just(LARGEST)),
-    users(plan=st.sampled_from(["rolling-fill", "monthly-reset", "daily-fill"]), balance=st.just(-LARGEST - 1)),
+    users(
+        plan=st.sampled_from(["rolling-add", "monthly-add", "daily-add"]),
+        balance=st.just(LARGEST),
+        shortfall=st.just(0),
+    ),
+    users(
+        plan=st.sampled_from(["rolling-fill", "monthly-reset", "daily-fill"]),
+        balance=st.just(-LARGEST - 1),
+        shortfall=st.just(0),
+    ),
 )
 large = st.one_of(
     users(balance=st.sampled_from([LARGE, -LARGE])), users(custom=st.just(LARGE)), users(balance=st.just(-1))

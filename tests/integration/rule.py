@@ -61,7 +61,7 @@ SELECT * FROM decide(
     %(as_of)s, %(user_active)s, %(held)s, %(hold_until)s::timestamptz, %(due)s::timestamptz, %(balance)s,
     %(custom)s::bigint, %(user_day)s::smallint, %(user_zone)s::text, %(plan_active)s::boolean, %(cadence)s::text,
     %(interval_days)s::integer, %(plan_day)s::smallint, %(time)s::time, %(plan_zone)s::text, %(mode)s::text,
-    %(amount)s::bigint, %(cap)s::bigint
+    %(amount)s::bigint, %(cap)s::bigint, %(shortfall)s, %(force)s, %(keep_window)s
 )
 """
 
@@ -115,18 +115,23 @@ class Rule:
         )
         return None if added is None else int(added)
 
-    def decide(self, user: oracle.User, plan: oracle.Plan | None, as_of: datetime) -> oracle.Decision:
+    def decide(
+        self, user: oracle.User, plan: oracle.Plan | None, as_of: datetime, run: oracle.Asked = oracle.SCAN
+    ) -> oracle.Decision:
         asked = {**user_values(user), **plan_values(plan), "as_of": as_of}
+        # As the batch does: what is asked for takes the custom amount's place.
+        asked["custom"] = user.custom_amount if run.amount is None else run.amount
+        asked |= {"force": run.force, "keep_window": run.keep_window}
         verdict, start, end, missed, passed, target, added = self._row(_DECIDE, asked)
-        # Before the due instant there is no window, and what the columns hold means nothing.
-        come = user.next_refresh_at is not None and user.next_refresh_at <= as_of
-        window = read_window(start, end, passed, missed) if come and start is not None else None
-        return oracle.Decision(verdict, window, target, added)
+        # Else there is no window, and what the columns hold means nothing.
+        fallen_due = user.next_refresh_at is not None and user.next_refresh_at <= as_of
+        told = start is not None and (verdict in {"due", "overflow"} or (verdict == "held" and fallen_due))
+        return oracle.Decision(verdict, read_window(start, end, passed, missed) if told else None, target, added)
 
 
-def read_window(start: datetime, end: datetime, passed: int, missed: datetime | None) -> oracle.Window:
+def read_window(start: datetime, end: datetime | None, passed: int, missed: datetime | None) -> oracle.Window:
     # To UTC: in a session's own zone, Python holds an instant of the hour that exists twice for equal to no other.
-    return oracle.Window(start.astimezone(UTC), end.astimezone(UTC), passed, missed and missed.astimezone(UTC))
+    return oracle.Window(start.astimezone(UTC), end and end.astimezone(UTC), passed, missed and missed.astimezone(UTC))
 
 
 def grid_values(grid: oracle.Grid) -> tuple[object, ...]:
@@ -143,6 +148,7 @@ def user_values(user: oracle.User) -> dict[str, object]:
         "custom": user.custom_amount,
         "user_day": user.refresh_day,
         "user_zone": user.timezone and str(user.timezone),
+        "shortfall": user.shortfall,
     }
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from refresh import selection
 
 if TYPE_CHECKING:
     from tests.integration.world import World
@@ -72,3 +76,96 @@ def test_noted_holds_are_not_in_the_wake_index(world: World) -> None:
     world.sql.execute("UPDATE users SET credit_refresh_hold = true")
     assert world.refresh().users_held == 500
     assert world.value("SELECT count(*) FROM users WHERE wake_at IS NOT NULL") == 0
+
+
+RELEASES = {
+    "the flag alone": "credit_refresh_hold = false",
+    "the flag and the reason": "credit_refresh_hold = false, hold_reason = NULL, hold_until = NULL",
+}
+
+
+@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize("ended", [False, True], ids=["before its end", "after its end"])
+def test_a_hold_that_was_released_leaves_no_end_to_the_next_one(world: World, release: str, ended: bool) -> None:  # noqa: FBT001
+    ada = world.user(due_in="-1 hour")
+    world.sql.execute(
+        "UPDATE users SET credit_refresh_hold = true, hold_reason = 'fraud check', hold_until = now() + %s::interval",
+        ("-1 second" if ended else "1 hour",),
+    )
+    until = world.see(ada)["hold_until"]
+    world.sql.execute(f"UPDATE users SET {RELEASES[release]}")  # noqa: S608
+    user = world.see(ada)
+    assert (user["credit_refresh_hold"], user["hold_reason"], user["hold_until"]) == (False, None, None)
+    world.sql.execute("UPDATE users SET credit_refresh_hold = true")
+    user = world.see(ada)
+    assert (user["credit_refresh_hold"], user["hold_reason"], user["hold_until"]) == (True, None, None)
+    assert world.refresh().users_held == 1
+    assert world.see(ada)["wake_at"] is None
+    told = [(row["action"], row["detail"]) for row in world.audit(ada) if row["action"] != "held"]
+    first = {"reason": "fraud check", "until": told[0][1]["until"]}
+    assert told == [
+        ("hold_set", first),
+        ("hold_expired" if ended else "hold_released", first),
+        ("hold_set", {"reason": None, "until": None}),
+    ]
+    assert world.value("SELECT %s::timestamptz", first["until"]) == until
+
+
+def test_a_release_of_many_by_the_flag_ends_them_all(world: World) -> None:
+    world.users(50)
+    world.sql.execute("UPDATE users SET credit_refresh_hold = true, hold_until = now() + id * interval '1 day'")
+    world.sql.execute("UPDATE users SET credit_refresh_hold = false WHERE id % 2 = 0")
+    ends = world.row("SELECT count(*) AS held, count(hold_until) AS ends FROM users WHERE credit_refresh_hold")
+    assert ends == {"held": 25, "ends": 25}
+    assert world.value("SELECT count(hold_until) FROM users WHERE NOT credit_refresh_hold") == 0
+    actions = world.rows("SELECT action, count(*) FROM credit_audit_logs GROUP BY 1 ORDER BY 1")
+    assert {row["action"]: row["count"] for row in actions} == {"hold_set": 50, "hold_released": 25}
+
+
+def test_an_end_that_is_given_after_the_release_counts(world: World) -> None:
+    """As the release itself gives it, or a statement of its own: for the hold that follows."""
+    ada = world.user(credit_refresh_hold=True, hold_for="1 hour")
+    world.sql.execute("UPDATE users SET credit_refresh_hold = false")
+    world.sql.execute("UPDATE users SET hold_until = now() + interval '1 day'")
+    given = world.see(ada)["hold_until"]
+    world.sql.execute("UPDATE users SET credit_refresh_hold = true")
+    assert world.see(ada)["hold_until"] == given
+    world.sql.execute("UPDATE users SET credit_refresh_hold = false, hold_until = hold_until + interval '1 day'")
+    assert world.see(ada)["hold_until"] > given
+
+
+# As the door of runs.py puts it, whatever it does with whom it finds.
+_SCAN = f"""
+EXPLAIN (ANALYZE, BUFFERS, TIMING off, FORMAT json)
+WITH {selection.DUE.format(taken=selection.NOBODY)} SELECT id FROM selected
+"""  # noqa: S608
+HELD_USERS = 100_000
+
+
+def scanned_blocks(world: World, *, finds: int = 100) -> int:
+    world.sql.execute("VACUUM (ANALYZE, INDEX_CLEANUP on) users")
+    parameters = {"as_of": None, "atomic": False}
+    with world.sql.cursor() as cursor:
+        # Once to fill the caches of the session: its first look at a table reads the catalogue, too.
+        for _ in range(2):
+            (row,) = cursor.execute(_SCAN, parameters).fetchall()
+    plan: dict[str, Any] = row["QUERY PLAN"][0]["Plan"]
+    assert plan["Actual Rows"] == finds
+    return int(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"])
+
+
+def test_a_hundred_thousand_held_users_cost_the_scan_nothing(world: World) -> None:
+    """Blocks, and not time: those that the scan looks at are as many as without them."""
+    world.users(1_000, due_in="1 day")
+    world.sql.execute("UPDATE users SET next_refresh_at = now() - interval '1 hour' WHERE id % 10 = 0")
+    none = scanned_blocks(world)
+    world.sql.execute(
+        "INSERT INTO users (external_id, plan_code, credit_balance, next_refresh_at, credit_refresh_hold, held_window)"
+        " SELECT 'held-' || n, 'free', 400, at, true, at FROM generate_series(1, %s) AS n,"
+        " LATERAL (SELECT now() - n * interval '1 minute' AS at) AS due",
+        (HELD_USERS,),
+    )
+    assert abs(scanned_blocks(world) - none) <= 3
+    # Not because nothing would show: a tenth of them, not noted, are looked at.
+    world.restore("UPDATE users SET held_window = NULL WHERE credit_refresh_hold AND id %% 10 = 0")
+    assert scanned_blocks(world, finds=100 + HELD_USERS // 10) > none + 100

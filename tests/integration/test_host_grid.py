@@ -86,6 +86,8 @@ def ticks(change: st.SearchStrategy[Change], paths: Sequence[str]) -> st.SearchS
 class Host:
     """A host that cannot leave its users alone."""
 
+    _GRID = ("plan_code", "credit_refresh_day", "timezone")
+
     def __init__(self, world: World, at: datetime | None = None) -> None:
         self.world = world
         self.at = at
@@ -100,6 +102,20 @@ class Host:
         else:
             assignment, parameters = _CHANGES[what], (value,)
         self.world.sql.execute(f"UPDATE users SET {assignment} WHERE id = %s", (*parameters, user_id))  # noqa: S608
+
+    def grid(self, user_id: int) -> dict[str, object]:
+        """What a user's dates follow from."""
+        user = self.world.see(user_id)
+        return {name: user[name] for name in self._GRID}
+
+    def restore(self, user_id: int, grid: dict[str, object]) -> None:
+        """Undo the changes to it, one by one."""
+        for what, value in grid.items():
+            self.change(user_id, what, value)
+
+    def date(self, user_id: int) -> datetime:
+        at: datetime = self.world.see(user_id)["next_refresh_at"]
+        return at
 
     def pass_time(self, elapsed: timedelta) -> None:
         """Nobody sets the database's clock: what has happened is moved into the past."""
@@ -180,6 +196,44 @@ def test_on_every_path(planned: World) -> None:
     assert [row["source"] for row in sources] == ["function", "run", "trigger"]
 
 
+flips = st.one_of(
+    st.tuples(st.just("plan_code"), st.sampled_from(with_windows)),
+    st.tuples(st.just("plan_code"), st.none()),
+    st.tuples(st.just("credit_refresh_day"), st.sampled_from([None, 1, 15, 29, 30, 31])),
+    st.tuples(st.just("timezone"), st.sampled_from([None, *ZONES])),
+)
+
+
+def test_flipped_back_the_date_is_what_it_was(planned: World) -> None:
+    """However many changes of plan, day and zone there were, and whether or not a window has ended meanwhile."""
+    begins: datetime = planned.value("SELECT '2023-12-31 23:30+00'::timestamptz")
+
+    @many
+    @given(st.lists(st.tuples(elapsed, st.lists(flips, min_size=1, max_size=5)), min_size=2, max_size=6))
+    def restored(story: list[tuple[timedelta, list[Change]]]) -> None:
+        host = Host(planned, begins)
+        ada, quiet = host.users
+        host.refresh("scan")
+        for elapsed, changes in story:
+            grid, date = host.grid(ada), host.date(ada)
+            for what, value in changes:
+                host.change(ada, what, value)
+                host.check()
+            host.restore(ada, grid)
+            assert host.date(ada) == date
+            host.at = (host.at or begins) + elapsed
+            host.refresh("scan")
+            host.check()
+            # Another grid for the next round, which begins where the window just granted ends; no plan has none.
+            if changes[0] != ("plan_code", None):
+                host.change(ada, *changes[0])
+        facts_of = "SELECT window_start FROM credit_refresh_histories WHERE user_id = %s ORDER BY id LIMIT 2"
+        assert planned.rows(facts_of, ada)[0] == planned.rows(facts_of, quiet)[0]
+
+    restored()
+    check_ledger(planned)
+
+
 FLIPS: dict[str, tuple[Change, Change]] = {
     "plans": (("plan_code", "daily-add"), ("plan_code", "monthly-add")),
     "days": (("credit_refresh_day", 1), ("credit_refresh_day", 28)),
@@ -196,6 +250,7 @@ def test_flipped_a_hundred_times_there_is_one_grant(planned: World, flip: str) -
     host.refresh("scan")
     host.change(host.users[1], "plan_code", "monthly-add")
     granted = {user_id: len(planned.history(user_id)) for user_id in host.users}
+    before = {user_id: (host.grid(user_id), host.date(user_id)) for user_id in host.users}
     for _ in range(50):
         for what, value in FLIPS[flip]:
             for user_id in host.users:
@@ -204,6 +259,11 @@ def test_flipped_a_hundred_times_there_is_one_grant(planned: World, flip: str) -
     host.refresh("scan")
     host.check()
     assert {user_id: len(planned.history(user_id)) for user_id in host.users} == granted
+    for user_id, (grid, date) in before.items():
+        host.restore(user_id, {"plan_code": "rolling-fill", **grid})
+        host.restore(user_id, {"plan_code": "rolling-fill"})
+        host.restore(user_id, grid)
+        assert host.date(user_id) == date
 
 
 def facts(row: dict[str, Any]) -> tuple[object, ...]:

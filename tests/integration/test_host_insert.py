@@ -251,13 +251,82 @@ def test_while_nothing_is_granted_the_first_window_waits_for_the_scan(world: Wor
 
 
 def test_a_date_that_the_host_names_is_kept(world: World) -> None:
-    """One that has passed is granted for the window of now; one ahead is when the first window begins."""
+    """One that has passed is granted for the window of now; one ahead is when the first window ends."""
     due, ahead = (world.value("SELECT now() + %s::interval", offset) for offset in ("-40 days", "3 days"))
     ada, bob = insert(world, next_refresh_at=due), insert(world, "bob", next_refresh_at=ahead)
     (history,) = world.history(ada)
     assert (history["window_start"], history["windows_passed"]) == (due + DAYS_30, 1)
     assert world.see(ada)["next_refresh_at"] == due + 2 * DAYS_30
-    assert (world.see(bob)["credit_balance"], world.see(bob)["next_refresh_at"]) == (0, ahead)
+    user = world.see(bob)
+    (history,) = world.history(bob)
+    granted = (user["credit_balance"], user["next_refresh_at"], user["last_credit_refresh"])
+    assert granted == (1_000, ahead, user["created_at"])
+    assert (history["source"], history["window_start"], history["window_end"]) == ("insert", user["created_at"], ahead)
+    assert (history["previous_next_refresh_at"], history["windows_passed"]) == (ahead, 0)
+    assert [row["action"] for row in world.audit(bob)] == ["refreshed"]
+    assert world.refresh().users_selected == 0
+    assert world.refresh(as_of=ahead, dry_run=True).users_refreshed == 1
+    check_ledger(world, {ada: 0, bob: 0})
+
+
+@pytest.mark.parametrize("cadence", ["rolling", "monthly", "daily"])
+def test_a_date_ahead_ends_the_first_window_on_every_grid(world: World, cadence: str) -> None:
+    plan(world, "any", cadence=cadence, grant_mode="add", day_of_month=15, time_of_day="04:30")
+    ahead = world.value("SELECT now() + interval '100 days'")
+    ada = insert(world, plan_code="any", next_refresh_at=ahead)
+    (history,) = world.history(ada)
+    assert (history["credits_added"], history["window_end"]) == (500, ahead)
+    assert (world.see(ada)["credit_balance"], world.see(ada)["next_refresh_at"]) == (500, ahead)
+    check_ledger(world, {ada: 0})
+
+
+def test_an_upsert_with_a_date_ahead_grants_a_new_user_alone(world: World) -> None:
+    for days in (10, 20):
+        world.sql.execute(
+            "INSERT INTO users (external_id, plan_code, next_refresh_at) VALUES ('ada', 'free', now() + %s)"
+            " ON CONFLICT (external_id) DO UPDATE SET email = 'ada@example.org'",
+            (timedelta(days=days),),
+        )
+    ada = world.value("SELECT id FROM users")
+    (history,) = world.history(ada)
+    assert history["window_end"] - history["window_start"] == timedelta(days=10)
+    assert world.see(ada)["next_refresh_at"] == history["window_end"]
+    assert_no_mark_is_left(world)
+
+
+def test_a_date_ahead_is_kept_where_the_first_grant_cannot_be(world: World) -> None:
+    plan(world, "hooked", cadence="external")
+    plan(world, "old", active=False)
+    ahead = world.value("SELECT now() + interval '3 days'")
+    others: dict[str, dict[str, Any]] = {
+        "external": {"plan_code": "hooked"},
+        "retired": {"plan_code": "old"},
+        "nobody": {"plan_code": None},
+        "asleep": {"active": False},
+        "held": {"credit_refresh_hold": True},
+    }
+    for name, columns in others.items():
+        user = world.see(insert(world, name, next_refresh_at=ahead, **columns))
+        assert (user["credit_balance"], user["next_refresh_at"], user["held_window"]) == (0, ahead, None), name
+    assert world.value("SELECT count(*) FROM credit_refresh_histories") == 0
+    # Nothing has fallen due, so there is nothing that the release could catch up on.
+    world.sql.execute("UPDATE users SET active = true, credit_refresh_hold = false")
+    assert world.refresh().users_selected == 0
+    assert_no_mark_is_left(world)
+
+
+@pytest.mark.parametrize("switch", ["enabled = false", "dry_run = true"])
+def test_a_date_ahead_gives_way_to_the_grant_on_resume(world: World, switch: str) -> None:
+    world.sql.execute(f"UPDATE settings SET {switch}")  # noqa: S608
+    ada = insert(world, next_refresh_at=world.value("SELECT now() + interval '3 days'"))
+    user = world.see(ada)
+    assert (user["credit_balance"], user["next_refresh_at"]) == (0, user["created_at"])
+    assert_untouched(world, ada)
+    world.sql.execute("UPDATE settings SET enabled = true, dry_run = false")
+    assert world.refresh().users_refreshed == 1
+    assert world.see(ada)["credit_balance"] == 1_000
+    assert world.see(ada)["next_refresh_at"] == user["created_at"] + DAYS_30
+    check_ledger(world, {ada: 0})
 
 
 def test_several_rows_at_once(world: World) -> None:

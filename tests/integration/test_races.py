@@ -1,8 +1,8 @@
-"""Every two of scan, function, spend trigger, hold, plan change and spend meet over one user, in both orders.
+"""Every two of scan, force, function, spend trigger, hold, plan change and spend meet over one user, in both orders.
 
 The first has the user's row and has not ended; the second is seen waiting for it in pg_stat_activity; then the first
 commits, or rolls back. What the two leave behind is what they would have left one after the other: a small model of
-them says what that is, to the credit. Force comes with its command.
+them says what that is, to the credit.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from tests.integration.ledger import check_ledger
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from uuid import UUID
 
     import psycopg
 
+    from refresh import runs
     from tests.integration.world import World
 
     Act = Callable[[World, psycopg.Connection[Any], int], None]
@@ -35,7 +37,7 @@ SPEND = "UPDATE users SET credit_balance = credit_balance - %s WHERE id = %s"
 
 @dataclass
 class Model:
-    """One user, who is due, and what each of the six does to them."""
+    """One user, who is due, and what each of the seven does to them."""
 
     trigger: bool
     balance: int = OPENING
@@ -45,8 +47,8 @@ class Model:
     noted: bool = False
     sources: list[str] = field(default_factory=list)
 
-    def _refresh(self, source: str) -> None:
-        if self.sources:
+    def _refresh(self, source: str, *, force: bool = False) -> None:
+        if self.sources and (not force or self.held):
             return  # the next window is a month away
         if self.held:
             self.noted = True
@@ -56,6 +58,9 @@ class Model:
 
     def scan(self) -> None:
         self._refresh("run")
+
+    def force(self) -> None:
+        self._refresh("run", force=True)
 
     def function(self) -> None:
         self._refresh("function")
@@ -78,17 +83,26 @@ class Model:
 
 # Of two batches with this user, which two runs would have to have opened, each of two workers has one.
 _FREE_BATCH = """
-SELECT id FROM credit_refresh_batches WHERE user_ids = ARRAY[%s]::bigint[] AND status = 'pending'
-ORDER BY id LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED
+SELECT b.id FROM credit_refresh_batches AS b JOIN credit_refresh_runs AS r ON r.id = b.run_id
+WHERE b.user_ids = ARRAY[%s]::bigint[] AND b.status = 'pending' AND r.force = %s
+ORDER BY b.id LIMIT 1 FOR NO KEY UPDATE OF b SKIP LOCKED
 """
 
 
-def scan(_world: World, connection: psycopg.Connection[Any], user_id: int) -> None:
+def work(connection: psycopg.Connection[Any], user_id: int, *, force: bool) -> None:
     """A worker with a batch of this user alone, inside a transaction that it would not have: the test ends it."""
-    found = connection.execute(_FREE_BATCH, (user_id,)).fetchone()
+    found = connection.execute(_FREE_BATCH, (user_id, force)).fetchone()
     assert found is not None
     for pending in pending_batches(connection, list(found)):
         assert do_batch(connection, pending) is not None
+
+
+def scan(_world: World, connection: psycopg.Connection[Any], user_id: int) -> None:
+    work(connection, user_id, force=False)
+
+
+def force(_world: World, connection: psycopg.Connection[Any], user_id: int) -> None:
+    work(connection, user_id, force=True)
 
 
 def function(world: World, connection: psycopg.Connection[Any], user_id: int) -> None:
@@ -109,6 +123,7 @@ def plan_change(_world: World, connection: psycopg.Connection[Any], user_id: int
 
 ACTS: dict[str, Act] = {
     "scan": scan,
+    "force": force,
     "function": function,
     "spend_trigger": spend,
     "hold": hold,
@@ -158,11 +173,45 @@ def compare(world: World, user_id: int, model: Model) -> None:
     assert user["last_credit_refresh"] == (world.history(user_id)[-1]["created_at"] if granted else None)
 
 
-# No second run batches a user who is in an unfinished batch; this one is smuggled in.
+# No second run batches a user who is in an unfinished batch; these are smuggled in.
 _SECOND_BATCH = """
 INSERT INTO credit_refresh_batches (run_id, seq, user_ids)
 SELECT run_id, 1, user_ids FROM credit_refresh_batches WHERE run_id = %s
 """
+_FOR = "UPDATE credit_refresh_batches SET user_ids = %s::bigint[] WHERE run_id = ANY (%s)"
+
+
+def open_runs(world: World, user_id: int, *, scans: int = 1, forced: int = 0) -> runs.Opened:
+    """A scan over all who are due, and forced runs over one user, whose instant is that of their opening."""
+    opened: list[UUID] = []
+    for _ in range(forced):
+        opened.append(world.scan(force=True).run_id)
+        world.sql.execute(_FOR, ([], opened))
+    run = world.scan()
+    world.sql.execute(_FOR, ([user_id], opened))
+    if scans > 1:
+        world.sql.execute(_SECOND_BATCH, (run.run_id,))
+    return run
+
+
+# What force grants overlaps what was granted already; the rest of the ledger holds with it, too.
+_UNTOLD = """
+SELECT user_id, run_id, old_balance, credits_added, created_at FROM credit_refresh_histories WHERE status = 'refreshed'
+EXCEPT ALL
+SELECT user_id, run_id, balance_before, credits, occurred_at FROM credit_audit_logs WHERE action = 'refreshed'
+"""
+
+
+def check_books(world: World, rest: dict[int, int], *, forced: bool) -> None:
+    if not forced:
+        check_ledger(world, rest)
+        return
+    assert world.rows(_UNTOLD) == []
+    for user_id, not_ours in rest.items():
+        granted = sum(row["credits_added"] for row in world.history(user_id))
+        assert world.see(user_id)["credit_balance"] == granted + not_ours
+
+
 PAIRS = [(one, other) for one, other in combinations_with_replacement(ACTS, 2)]
 
 
@@ -175,19 +224,20 @@ def test_two_at_once_leave_what_one_after_the_other_would(world: World, one: str
     for first, second in dict.fromkeys([(one, other), (other, one)]):
         for commits in (True, False):
             user_id = world.user(f"{first}-{second}-{commits}")
-            run = world.scan()
-            if first == second == "scan":
-                world.sql.execute(_SECOND_BATCH, (run.run_id,))
+            open_runs(world, user_id, scans=1 + (first == second == "scan"), forced=(first, second).count("force"))
             meet(world, user_id, first, second, commits=commits)
             model = Model(trigger)
             for act in (first, second) if commits else (second,):
                 getattr(model, act)()
             compare(world, user_id, model)
             finish(world)
+            # Batches in the order of their runs: what was rolled back is done now.
+            if first == "force" and not commits:
+                model.force()
             model.scan()
             compare(world, user_id, model)
             rest[user_id] = OPENING - model.spent
-    check_ledger(world, rest)
+    check_books(world, rest, forced="force" in (one, other))
 
 
 @pytest.mark.parametrize("first", [name for name in ACTS if name != "scan"])
@@ -196,7 +246,7 @@ def test_a_batch_of_many_leaves_the_user_to_a_batch_of_their_own(world: World, f
     if first == "spend_trigger":
         turn_on(world)
     ada, bob = world.user(), world.user("bob")
-    run = world.scan()
+    run = open_runs(world, ada, forced=int(first == "force"))
     model, other = Model(trigger=first == "spend_trigger"), Model(trigger=False)
     with world.host() as host:
         ACTS[first](world, host, ada)
@@ -211,7 +261,7 @@ def test_a_batch_of_many_leaves_the_user_to_a_batch_of_their_own(world: World, f
     compare(world, ada, model)
     compare(world, bob, other)
     assert world.progress(run).status == "succeeded"
-    check_ledger(world, {ada: OPENING - model.spent, bob: OPENING})
+    check_books(world, {ada: OPENING - model.spent, bob: OPENING}, forced=first == "force")
 
 
 @pytest.mark.parametrize("path", ["function", "spend_trigger", "spend"])

@@ -172,11 +172,11 @@ FLIPS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("late", [False, True], ids=["moved-at-once", "moved-after-the-scan"])
 def test_however_often_a_plan_is_flipped_no_time_is_granted_twice(world: World, late: bool) -> None:  # noqa: FBT001
-    """200 days, a flip and a scan every 5: windows never overlap, and dates never go back."""
+    """200 days, a flip and a scan every 5: windows never overlap, and dates never go back behind what was granted."""
     users = [world.user(name, due_in="-200 days") for name in ("ada", "bob", "eve")]
+    begun = world.see(users[0])["next_refresh_at"]
     world.sql.execute("UPDATE users SET credit_refresh_day = 31 WHERE external_id = 'bob'")
     world.sql.execute("UPDATE users SET timezone = 'Asia/Kathmandu' WHERE external_id = 'eve'")
-    seen = {user: world.see(user)["next_refresh_at"] for user in users}
     for step in range(40):
         run = save(world, draft(world, **FLIPS[step % len(FLIPS)]))
         if run and not late:
@@ -185,11 +185,101 @@ def test_however_often_a_plan_is_flipped_no_time_is_granted_twice(world: World, 
         if run and late:
             world.work(world.claim(run))
         for user in users:
-            now_next = world.see(user)["next_refresh_at"]
-            assert now_next >= seen[user]
-            seen[user] = now_next
+            ends = [row["window_end"] for row in world.history(user)]
+            assert world.see(user)["next_refresh_at"] >= max(ends, default=begun)
     assert world.value("SELECT count(*) FROM credit_refresh_histories") > 10
     for user in users:
         windows = [(row["window_start"], row["window_end"]) for row in world.history(user)]
         for (_, end), (start, _) in pairwise(windows):
             assert start >= end
+
+
+def dates_of(world: World) -> list[Any]:
+    return [row["next_refresh_at"] for row in world.rows("SELECT next_refresh_at FROM users ORDER BY id")]
+
+
+def test_flipped_back_a_plan_leaves_every_date_as_it_was(world: World) -> None:
+    users = [world.user(name, due_in=f"-{n} days") for n, name in enumerate(("ada", "bob", "eve", "own", "late"))]
+    world.sql.execute("UPDATE users SET timezone = 'Asia/Kathmandu' WHERE external_id = 'eve'")
+    world.sql.execute("UPDATE users SET credit_refresh_day = 31 WHERE external_id = 'own'")
+    world.refresh()
+    # Refreshed two years ago, and not since: their last window began long before the others'.
+    world.restore("UPDATE users SET next_refresh_at = next_refresh_at - interval '700 days' WHERE id = %s", users[-1])
+    world.restore(
+        "UPDATE credit_refresh_histories SET window_start = window_start - interval '700 days',"
+        " window_end = window_end - interval '700 days' WHERE user_id = %s",
+        users[-1],
+    )
+    rolling = dates_of(world)
+    moved = []
+    again: dict[str, Any] = {"cadence": "rolling", "interval_days": 30, "time_of_day": None, "timezone": "UTC"}
+    for changes in (*FLIPS, {"cadence": "external"}, again):
+        before, made = dates_of(world), draft(world, **changes)
+        run = save(world, made)
+        assert (run.users_selected if run else 0) == made.users_moved
+        if run:
+            world.work(world.claim(run))
+            assert world.progress(run).users_refreshed == made.users_moved
+        moved.append(sum(old != new for old, new in zip(before, dates_of(world), strict=True)))
+        assert moved[-1] == made.users_moved
+    assert dates_of(world)[:-1] == rolling[:-1]
+    # The one whose window had long ended is due when the plan has dates again: now, at the latest.
+    assert rolling[-1] < dates_of(world)[-1] <= world.value("SELECT now()")
+    assert moved[0] == 5
+    assert moved[1] == 4  # bob's day keeps him on a calendar: "own" moves to another one
+    assert world.refresh().users_selected == 1
+
+
+def test_a_change_counts_from_the_last_window_and_not_from_a_date_that_was_put_off(world: World) -> None:
+    ada = world.user()
+    world.user("bob")
+    world.refresh()
+    ends = dates_of(world)
+    world.sql.execute("UPDATE users SET next_refresh_at = next_refresh_at + interval '60 days' WHERE id = %s", (ada,))
+    assert dates_of(world) != ends
+    made = draft(world, interval_days=7)
+    assert made.users_moved == 1
+    run = save(world, made)
+    assert run is not None
+    world.work(world.claim(run))
+    assert dates_of(world) == ends
+
+
+# As rollback.py leaves a window behind: its credits taken, and closed; or given back.
+_TAKE_BACK = "UPDATE credit_refresh_histories SET reversed_by_run_id = run_id WHERE user_id = ANY (%s)"
+_REOPEN = """
+WITH reopen AS MATERIALIZED (SELECT set_config('credits.reopen', 'on', true))
+UPDATE users AS u SET next_refresh_at = h.previous_next_refresh_at
+FROM credit_refresh_histories AS h, reopen
+WHERE h.user_id = u.id AND u.id = ANY (%s)
+"""
+
+
+def test_windows_that_were_taken_back_count_if_they_are_closed(world: World) -> None:
+    closed, reopened, _ = (world.user(name, due_in="-3 days") for name in ("closed", "reopened", "quiet"))
+    begun = world.see(reopened)["next_refresh_at"]
+    world.refresh()
+    end, _, other_end = dates_of(world)
+    world.sql.execute(_TAKE_BACK, ([closed, reopened],))
+    world.sql.execute(_REOPEN, ([reopened],))
+    assert world.see(reopened)["next_refresh_at"] == begun
+    # On another rolling grid everybody stays where they are.
+    assert draft(world, interval_days=7).users_moved == 0
+    # Put off by hand, the closed window's end is where a change brings them back to.
+    world.sql.execute("UPDATE users SET next_refresh_at = next_refresh_at + interval '9 days' WHERE id = %s", (closed,))
+    done = move(world, {"interval_days": 7})
+    assert done is not None
+    assert done.users_refreshed == 1
+    assert dates_of(world) == [end, begun, other_end]
+    # To external and back they do not get the time that was granted once, either.
+    move(world, {"cadence": "external"})
+    move(world, {"cadence": "rolling"})
+    assert (dates_of(world)[0], dates_of(world)[2]) == (end, other_end)
+
+
+def test_who_was_never_refreshed_moves_from_their_date(world: World) -> None:
+    ada = world.user()
+    date(world, ada, "2099-02-10 00:00Z")
+    move(world, MONTHLY)
+    move(world, {"cadence": "rolling"})
+    assert next_of(world, ada) == "2099-02-28 08:00"

@@ -46,6 +46,7 @@ AMOUNTS = table_rows("mode | target | cap | balance | credits added")
 VERDICTS = table_rows(
     "plan | user | due at | as of | verdict | window start | window end | first missed | credits",
 )
+ASKED = table_rows("asked | plan | user | due at | as of | verdict | window start | window end | credits")
 
 
 def named(rows: list[Row], *columns: str) -> list[object]:
@@ -83,7 +84,7 @@ def rule(request: pytest.FixtureRequest, rules: list[Rule]) -> Rule:
 
 def test_the_page_has_its_cases() -> None:
     assert len(WINDOWS) >= 60
-    assert (len(WINDOWS), len(AMOUNTS), len(VERDICTS)) == (66, 26, 26)
+    assert (len(WINDOWS), len(AMOUNTS), len(VERDICTS), len(ASKED)) == (66, 26, 26, 42)
     assert {row["cadence"] for row in WINDOWS} == {"rolling", "monthly", "daily"}
     assert {row["mode"] for row in AMOUNTS} == {"fill", "reset", "add", "rollover"}
     assert {row["verdict"] for row in VERDICTS} == {
@@ -147,9 +148,18 @@ def user_of(rule: Rule, cell: str, due: datetime | None) -> oracle.User:
         custom_amount=number(named.pop("custom", NOTHING)),
         timezone=rule.zone(named.pop("zone")) if "zone" in named else None,
         active=named.pop("active", "yes") == "yes",
+        shortfall=integer(named.pop("shortfall", "0")),
     )
     assert not named
     return user
+
+
+def run_of(cell: str) -> oracle.Asked:
+    words = set() if cell == NOTHING else set(cell.split())
+    amounts = {word for word in words if word.startswith("amount=")}
+    assert words - amounts <= {"force", "keep"}
+    amount = amounts.pop().removeprefix("amount=") if amounts else NOTHING
+    return oracle.Asked(force="force" in words, keep_window="keep" in words, amount=number(amount))
 
 
 @pytest.mark.parametrize("row", named(VERDICTS, "plan", "user", "due at", "as of"))
@@ -165,3 +175,17 @@ def test_verdict(rule: Rule, row: Row) -> None:
             assert decision.window.start == instant(row["window start"])
             assert decision.window.end == instant(row["window end"])
             assert decision.window.first_missed_at == instant_or_none(row["first missed"])
+
+
+@pytest.mark.parametrize("row", named(ASKED, "asked", "plan", "user", "due at", "as of"))
+def test_asked(rule: Rule, row: Row) -> None:
+    due, as_of = instant_or_none(row["due at"]), instant(row["as of"])
+    plan, user, run = plan_of(rule, row["plan"]), user_of(rule, row["user"], due), run_of(row["asked"])
+    for decision in (rule.decide(user, plan, as_of, run), oracle.decide(user, plan, as_of, run)):
+        assert (decision.verdict, decision.credits_added) == (row["verdict"], number(row["credits"]))
+        if row["window start"] == NOTHING:
+            assert decision.window is None
+        elif row["window start"]:
+            assert decision.window is not None
+            assert decision.window.start == instant(row["window start"])
+            assert decision.window.end == instant_or_none(row["window end"])

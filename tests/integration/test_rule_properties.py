@@ -96,6 +96,8 @@ balances = st.one_of(
 targets = st.one_of(st.integers(1, 10_000), st.integers(LARGEST - 3, LARGEST), st.integers(1, LARGEST))
 caps = st.one_of(st.integers(0, 10_000), st.integers(LARGEST - 3, LARGEST), st.integers(0, LARGEST))
 modes = st.sampled_from(("fill", "reset", "add", "rollover"))
+shortfalls = st.one_of(st.just(0), st.integers(0, 10_000), st.integers(LARGEST - 3, LARGEST), st.integers(0, LARGEST))
+asked = st.builds(oracle.Asked, force=st.booleans(), keep_window=st.booleans(), amount=st.none() | targets)
 
 
 @st.composite
@@ -127,6 +129,7 @@ def users(draw: st.DrawFn) -> oracle.User:
         refresh_day=draw(days) if draw(st.booleans()) else None,
         custom_amount=draw(targets) if draw(st.integers(0, 3)) == 0 else None,
         active=draw(st.integers(0, 19)) > 0,
+        shortfall=draw(shortfalls),
     )
 
 
@@ -153,6 +156,7 @@ sessions_asked = st.integers(0, len(SESSIONS) - 1)
     elapsed | too_early,
     beside_boundary,
     instants,
+    st.just(oracle.SCAN) | asked,
 )
 def test_sql_and_oracle_decide_alike(  # noqa: PLR0913, PLR0917 - one for each thing drawn
     rules: list[Rule],
@@ -164,6 +168,7 @@ def test_sql_and_oracle_decide_alike(  # noqa: PLR0913, PLR0917 - one for each t
     waited: timedelta,
     moved: timedelta | None,
     otherwise: datetime,
+    run: oracle.Asked,
 ) -> None:
     rule = rules[session]
     user = replace(user, timezone=rule.zone(user_zone) if user_zone else None)
@@ -171,8 +176,21 @@ def test_sql_and_oracle_decide_alike(  # noqa: PLR0913, PLR0917 - one for each t
     due = user.next_refresh_at
     as_of = due + waited if due else otherwise
     if plan and due and due <= as_of and moved is not None and (grid := oracle.grid_of(user, plan)):
-        as_of = oracle.window(grid, due, as_of).end + moved
-    assert rule.decide(user, plan, as_of) == oracle.decide(user, plan, as_of)
+        end = oracle.window(grid, due, as_of).end
+        assert end is not None
+        as_of = end + moved
+    decision = rule.decide(user, plan, as_of, run)
+    assert decision == oracle.decide(user, plan, as_of, run)
+    if decision.verdict == "due":
+        assert decision.window is not None
+        start, end = decision.window.start, decision.window.end
+        # A grant's window has begun, and no date moves back: least of all by force.
+        assert start <= as_of
+        assert end is None or (end > as_of and (due is None or end >= due))
+        assert run.force or (end is not None and due is not None and due <= start)
+        # Without force, and for whoever is due anyway, the run may ask for what it likes.
+        if due is not None and due <= as_of and plan is not None and plan.cadence != "external":
+            assert decision.window == rule.decide(user, plan, as_of).window
 
 
 @settings(max_examples=EXAMPLES // 4, deadline=None)
@@ -184,13 +202,14 @@ def test_windows_tile_time(  # noqa: PLR0913, PLR0917 - one for each thing drawn
     grid = replace(grid, timezone=rule.zone(zone))
     walked = rule.walk(grid, due, as_of, steps=WALKED_WINDOWS)
     assert len(walked) == WALKED_WINDOWS
-    assert due <= walked[0].start <= as_of < walked[0].end
-    for before, after in pairwise(walked):
-        assert before.end == after.start < after.end
+    ends = [window.end for window in walked if window.end is not None]
+    assert due <= walked[0].start <= as_of < ends[0]
+    for before, after, end in zip(ends, walked[1:], ends[1:], strict=False):
+        assert before == after.start < end
         assert after.passed == 0
     # Whoever was not refreshed in between has the same windows: from their first instant to their last.
     first = rule.windows([(grid, due, window.start) for window in walked])
-    last = rule.windows([(grid, due, window.end - MICROSECOND) for window in walked])
+    last = rule.windows([(grid, due, end - MICROSECOND) for end in ends])
     assert first == last
     assert [(window.start, window.end) for window in first] == [(window.start, window.end) for window in walked]
     assert first[0].passed == walked[0].passed

@@ -200,13 +200,17 @@ $$;
 
 -- For hosts that cannot call a function before a spend: the spend itself refreshes whoever is due, first the grant and
 -- then the spend. `credits db triggers on` puts it on the table; our own statements never lower a balance without
--- moving the date, and so do not set it off.
+-- moving the date, and so do not set it off, but for a rollback, which says so.
 CREATE OR REPLACE FUNCTION {schema}.refresh_on_spend() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = {schema}, pg_temp AS $$
 DECLARE
     u users := new;
     granted granted;
 BEGIN
+    -- A rollback takes credits from users who may be due by now, and that is no spend.
+    IF current_setting('credits.reopen', true) = 'on' THEN
+        RETURN new;
+    END IF;
     -- The user as the host's UPDATE leaves them, but for the spend: it may set a hold in the same breath.
     u.credit_balance := old.credit_balance;
     granted := grant_window(u, 'trigger', session_user);
