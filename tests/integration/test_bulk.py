@@ -27,7 +27,7 @@ MONTH = timedelta(days=30)
         (Selection(active=True), {"due", "due-pro", "poor"}),
         (Selection(user="due"), {"due"}),
     ],
-    ids=str,
+    ids=["all", "plan", "poor", "poor and free", "active", "one"],
 )
 def test_those_who_match_and_are_due(world: World, asked: Selection, found: set[str]) -> None:
     world.user("due")
