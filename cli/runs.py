@@ -126,18 +126,15 @@ def _narrow(line: RunLine) -> dict[str, Any]:
 def _wide(line: RunLine) -> dict[str, Any]:
     return {
         "run": str(line.run_id)[:_ID_SHOWN],
-        "created (UTC)": f"{line.created_at.astimezone(UTC):%Y-%m-%d %H:%M}",
-        "kind": _kind(line),
-        "source": line.source,
+        "created": f"{line.created_at.astimezone(UTC):%m-%d %H:%M}",
+        "kind": _kind(line) + (", dry" if line.dry_run else ""),
         "status": line.status,
-        "dry": "dry" if line.dry_run else "",
-        "users done": _done(line),
+        "users": _done(line),
         "refreshed": line.users_refreshed,
         "held": line.users_held,
         "skipped": line.users_skipped,
         "failed": line.users_failed,
         "credits": line.credits_granted,
-        "seconds": f"{line.seconds:,.1f}",
         "requested by": line.requested_by,
         "reason": line.reason,
     }
