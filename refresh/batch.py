@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from refresh.closing import CLOSE, DEFER, LOCK_ALL, LOCK_SKIPPING, LOCK_WAITING
+from refresh.closing import CLOSE, DEFER, DEFER_NOBODY, LOCK_ALL, LOCK_SKIPPING, LOCK_WAITING
 
 if TYPE_CHECKING:
     import psycopg
@@ -209,10 +209,11 @@ audit AS (
 )
 """
 
-_REFRESH = GRANT + DEFER + COUNT.format(failed="overflow") + CLOSE
+_CLOSED = COUNT.format(failed="overflow") + CLOSE
+_REFRESH = GRANT + DEFER + _CLOSED
 GRANT_MANY = TAKE.format(work="refresh", dry_run="false", lock=LOCK_SKIPPING) + _DECIDED + _REFRESH
 GRANT_ONE = TAKE.format(work="refresh", dry_run="false", lock=LOCK_WAITING) + _DECIDED + _REFRESH
-GRANT_ALL = TAKE.format(work="refresh", dry_run="false", lock=LOCK_ALL) + _DECIDED + _REFRESH
+GRANT_ALL = TAKE.format(work="refresh", dry_run="false", lock=LOCK_ALL) + _DECIDED + GRANT + DEFER_NOBODY + _CLOSED
 PLAN = (
     TAKE.format(work="refresh", dry_run="true", lock="ORDER BY u.id")
     + _DECIDED

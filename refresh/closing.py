@@ -27,11 +27,12 @@ LOCK_SKIPPING = f"{LOCK_WAITING} SKIP LOCKED"
 # A batch that is all or nothing puts nobody off: it fails where one of its users is locked, and is tried again.
 LOCK_ALL = f"{LOCK_WAITING} NOWAIT"
 
-DEFER = """
+# {is_there}: whether a user `m.id` who was not locked is there at all.
+_DEFER = """
 -- Users of the batch who were not locked: somebody else has them, or the host has deleted them since the scan. The
 -- usual batch has none and does not look.
 missed AS MATERIALIZED (
-    SELECT id, EXISTS (SELECT FROM users AS u WHERE u.id = m.id) AS is_there
+    SELECT id, {is_there} AS is_there
     FROM unnest((SELECT user_ids FROM batch)) AS m (id)
     WHERE (SELECT count(*) FROM locked) < (SELECT cardinality(user_ids) FROM batch)
         AND NOT EXISTS (SELECT FROM locked AS l WHERE l.id = m.id)
@@ -48,6 +49,10 @@ deferred AS (
     RETURNING cardinality(user_ids) AS users
 ),
 """
+
+DEFER = _DEFER.format(is_there="EXISTS (SELECT FROM users AS u WHERE u.id = m.id)")
+# A batch that is all or nothing fails where somebody is locked, so whoever it misses was deleted, perhaps this instant.
+DEFER_NOBODY = _DEFER.format(is_there="false")
 
 # ck_credit_refresh_batches_accounted fails the whole statement when a user is not accounted for.
 CLOSE = """

@@ -78,19 +78,20 @@ failed AS MATERIALIZED (
     WHERE EXISTS (SELECT FROM users AS u WHERE u.id = x.user_id)
     GROUP BY x.user_id
 ),
-taken AS MATERIALIZED ({taken})
-"""
-_SELECTED = """,
-selected AS (
-    SELECT f.user_id AS id, f.whole FROM failed AS f
-    WHERE NOT EXISTS (SELECT FROM taken AS t WHERE t.user_id = f.user_id)
+taken AS MATERIALIZED ({taken}),
+-- In an unfinished batch of another run, or all or none together with somebody who is.
+sorted AS MATERIALIZED (
+    SELECT f.user_id, f.whole, CASE
+        WHEN f.whole IS NULL THEN t.user_id IS NOT NULL
+        ELSE bool_or(t.user_id IS NOT NULL) OVER (PARTITION BY f.whole)
+    END AS elsewhere
+    FROM failed AS f LEFT JOIN (SELECT DISTINCT user_id FROM taken) AS t ON t.user_id = f.user_id
 )
 """
+_SELECTED = ", selected AS (SELECT user_id AS id, whole FROM sorted WHERE NOT elsewhere)"
 _COUNT = """
-SELECT
-    count(*) FILTER (WHERE NOT t.elsewhere) AS users, count(*) FILTER (WHERE t.elsewhere) AS users_elsewhere
-FROM failed AS f
-CROSS JOIN LATERAL (SELECT EXISTS (SELECT FROM taken WHERE taken.user_id = f.user_id) AS elsewhere) AS t
+SELECT count(*) FILTER (WHERE NOT elsewhere) AS users, count(*) FILTER (WHERE elsewhere) AS users_elsewhere
+FROM sorted
 """
 
 

@@ -135,7 +135,8 @@ decided AS MATERIALIZED (
         WHERE h.user_id = g.user_id AND h.id <> g.id AND {LIVE.format(grant="h")}
     ) AS o
     CROSS JOIN LATERAL (
-        SELECT g.previous_next_refresh_at IS NULL OR g.previous_next_refresh_at > g.window_start AS forced
+        SELECT g.window_end IS NULL OR g.previous_next_refresh_at IS NULL
+            OR g.previous_next_refresh_at > g.window_start AS forced
     ) AS f
     CROSS JOIN {MONEY} AS m
 ),

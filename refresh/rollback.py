@@ -193,7 +193,7 @@ def admit(
         RefusedError: the idempotency key belongs to another request.
     """
     enabled, all_dry = one(connection.execute(_SETTINGS))
-    request = replace(request, dry_run=request.dry_run or all_dry)
+    request = request.as_things_are(all_dry=all_dry)
     if existing := runs.find_opened(connection, request, asked.facts()):
         return existing
     return request if enabled else NotOpened("paused")

@@ -62,6 +62,7 @@ class Request:
         work: what its batches do; the kind, but for a retry.
         parent_run_id: the run that it applies, reverses or retries.
         subject_run_id: the dry run whose rows it applies, or the run whose grants it takes back.
+        made_dry: it was not asked for as a dry run, but every run is one now.
     """
 
     source: Literal["beat", "cli"]
@@ -80,11 +81,16 @@ class Request:
     work: Literal["refresh", "apply", "rollback", "regrid"] = "refresh"
     parent_run_id: UUID | None = None
     subject_run_id: UUID | None = None
+    made_dry: bool = False
+
+    def as_things_are(self, *, all_dry: bool) -> Request:
+        """The request as it will be carried out: a dry one where every run is."""
+        return replace(self, dry_run=True, made_dry=True) if all_dry and not self.dry_run else self
 
     def fingerprint(self, selected: Mapping[str, Any]) -> str:
         """Of everything that makes it this request and no other; who sent it, and when, does not."""
-        content = {**asdict(self), "selected": selected}
-        for name in ("source", "requested_by", "batch_size", "idempotency_key", "slot"):
+        content = {**asdict(self), "dry_run": self.dry_run and not self.made_dry, "selected": selected}
+        for name in ("source", "requested_by", "batch_size", "idempotency_key", "slot", "made_dry"):
             del content[name]
         return sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -254,7 +260,7 @@ def admit(
     """
     situation = connection.execute(_SITUATION, {"slot": request.slot, "dry_run": request.dry_run})
     enabled, all_dry, now, slot_taken = one(situation)
-    request = replace(request, dry_run=request.dry_run or all_dry)
+    request = request.as_things_are(all_dry=all_dry)
     if existing := find_opened(connection, request, (asked or Selection()).facts(force=request.force)):
         return existing
     if not enabled:

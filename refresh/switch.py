@@ -15,7 +15,12 @@ TRIGGER_LOCK_TIMEOUT = timedelta(seconds=5)
 
 # A worker that meets a batch while paused puts it down. On resume all of them are new to the queue: nobody tried them.
 _FORGET_PUBLISHED = """
-UPDATE credit_refresh_batches SET published_at = NULL WHERE status = 'pending' AND next_attempt_at IS NULL
+UPDATE credit_refresh_batches AS b SET published_at = NULL
+FROM (
+    SELECT id FROM credit_refresh_batches WHERE status = 'pending' AND next_attempt_at IS NULL
+    FOR NO KEY UPDATE SKIP LOCKED -- a worker that has one is doing it
+) AS idle
+WHERE b.id = idle.id
 """
 
 _TURN = """
@@ -40,8 +45,9 @@ def turn(connection: psycopg.Connection[Any], *, enabled: bool, actor: str) -> b
 _HAS_TRIGGER = """
 SELECT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = 'users'::regclass AND tgname = 'refresh_on_spend')
 """
-# A spend, by somebody who is due; our own statements add credits or move the date in the same UPDATE. A BEFORE trigger
-# may ask for the old row's generated column alone, and that is the one that counts.
+# A spend, by somebody who is due; most of our own statements add credits or move the date in the same UPDATE, and the
+# function knows the others. A BEFORE trigger may ask for the old row's generated column alone, and that is the one that
+# counts.
 _CREATE_TRIGGER = """
 CREATE TRIGGER refresh_on_spend BEFORE UPDATE OF credit_balance ON users
     FOR EACH ROW WHEN (

@@ -75,7 +75,9 @@ judged AS (
                 credits_to_add(h.grant_mode, CASE WHEN h.target >= 0 THEN h.target END, NULL, h.old_balance)
                 THEN 'wrong_credits'
             WHEN f.run_id IS NOT NULL THEN NULL
-            WHEN h.window_start > h.created_at OR h.window_start < h.previous_next_refresh_at THEN 'granted_early'
+            -- Whoever is inserted without a balance is granted at once, up to the date that came with them.
+            WHEN h.window_start > h.created_at
+                OR (h.source <> 'insert' AND h.window_start < h.previous_next_refresh_at) THEN 'granted_early'
             WHEN h.window_start > h.previous_next_refresh_at AND h.windows_passed = 0 THEN 'windows_not_counted'
         END AS finding
     FROM credit_refresh_histories AS h

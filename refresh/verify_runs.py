@@ -131,6 +131,17 @@ WITH taken AS MATERIALIZED (
     JOIN credit_refresh_runs AS r ON r.id = b.run_id
     CROSS JOIN LATERAL unnest(b.user_ids) AS m (user_id)
     WHERE b.status = 'pending' AND r.status = 'running' AND NOT r.dry_run AND r.work <> 'regrid'
+    -- Given back just now, or left by a run that was cancelled just now: the next scan has not come yet.
+    UNION
+    SELECT h.user_id FROM credit_refresh_histories AS h
+    WHERE h.status = 'reversed' AND h.created_at > %(overdue_before)s::timestamptz
+    UNION
+    SELECT m.user_id
+    FROM credit_refresh_runs AS r
+    JOIN credit_refresh_batches AS b ON b.run_id = r.id
+    CROSS JOIN LATERAL unnest(b.user_ids) AS m (user_id)
+    WHERE r.status = 'cancelled' AND NOT r.dry_run AND r.finished_at > %(overdue_before)s::timestamptz
+        AND b.status = 'cancelled'
 ),
 turned AS MATERIALIZED (
     SELECT action, occurred_at AS at, detail ->> 'plan' AS plan_code FROM credit_audit_logs

@@ -200,15 +200,16 @@ $$;
 
 -- For hosts that cannot call a function before a spend: the spend itself refreshes whoever is due, first the grant and
 -- then the spend. `credits db triggers on` puts it on the table; our own statements never lower a balance without
--- moving the date, and so do not set it off, but for a rollback, which says so.
+-- moving the date, and so do not set it off, but for a rollback, which says so, and a forced grant that keeps the date.
 CREATE OR REPLACE FUNCTION {schema}.refresh_on_spend() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = {schema}, pg_temp AS $$
 DECLARE
     u users := new;
     granted granted;
 BEGIN
-    -- A rollback takes credits from users who may be due by now, and that is no spend.
-    IF current_setting('credits.reopen', true) = 'on' THEN
+    -- A rollback takes credits from users who may be due by now, and that is no spend; nor is a grant that lowers.
+    IF current_setting('credits.reopen', true) = 'on'
+        OR new.last_credit_refresh IS DISTINCT FROM old.last_credit_refresh THEN
         RETURN new;
     END IF;
     -- The user as the host's UPDATE leaves them, but for the spend: it may set a hold in the same breath.
@@ -235,7 +236,7 @@ $$;
 -- Every user as if the refresh that is due had already happened; nothing is written. `used` is what is gone of the
 -- amount, NULL where that does not fit. A window that was granted already is not shown twice, and while paused, or while
 -- every run is dry, nothing is shown that will not come.
-CREATE VIEW {schema}.user_credits_now AS
+CREATE OR REPLACE VIEW {schema}.user_credits_now AS
 SELECT
     u.id, u.external_id, u.plan_code, d.verdict, b.credit_balance,
     CASE

@@ -17,6 +17,20 @@ ALTER TABLE {schema}.credit_refresh_runs
     ADD CONSTRAINT ck_credit_refresh_runs_work CHECK (work IN ('refresh', 'apply', 'rollback', 'regrid')),
     ADD CONSTRAINT ck_credit_refresh_runs_amount CHECK (amount > 0);
 UPDATE {schema}.credit_refresh_runs SET work = kind WHERE kind = 'regrid';
+-- Of a database that was at this release before.
+UPDATE {schema}.credit_refresh_runs SET work = kind, subject_run_id = parent_run_id
+WHERE kind IN ('apply', 'rollback');
+WITH RECURSIVE origin AS (
+    SELECT id AS retry_id, kind, parent_run_id FROM {schema}.credit_refresh_runs WHERE kind = 'retry'
+    UNION ALL
+    SELECT o.retry_id, r.kind, r.parent_run_id
+    FROM origin AS o JOIN {schema}.credit_refresh_runs AS r ON r.id = o.parent_run_id
+    WHERE o.kind = 'retry'
+)
+UPDATE {schema}.credit_refresh_runs AS r SET
+    work = o.kind, subject_run_id = CASE WHEN o.kind IN ('apply', 'rollback') THEN o.parent_run_id END
+FROM origin AS o
+WHERE o.retry_id = r.id AND o.kind <> 'retry';
 ALTER TABLE {schema}.credit_refresh_runs
     ADD CONSTRAINT ck_credit_refresh_runs_kind_is_work CHECK (kind IN (work, 'retry')),
     ADD CONSTRAINT ck_credit_refresh_runs_subject
