@@ -17,7 +17,8 @@ import click
 
 import embedded
 import settings
-from bench.bare import refresh_bare
+from bench.bare import refresh_bare, refresh_leanest
+from bench.pgbench import refresh_by_pgbench
 from bench.service import refresh_by_service
 from bench.worlds import CADENCES, Worlds, verify
 from cli.output import err, out, table
@@ -37,11 +38,13 @@ class Way:
         name: of the row.
         worlds: where its databases come from.
         refresh: does it in the database of that URL, and returns its seconds.
+        by_a_run: whether a run says so in the end.
     """
 
     name: str
     worlds: Worlds
     refresh: Callable[[str], float]
+    by_a_run: bool = True
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ def measure(ways: list[Way], repetitions: int) -> list[Result]:
         for way in ways:
             with way.worlds.copy() as url:
                 seconds = way.refresh(url)
-                verify(url, way.worlds.users)
+                verify(url, way.worlds.users, by_a_run=way.by_a_run)
             speed = way.worlds.users / seconds
             speeds[way.name].append(speed)
             err.print(f"{repetition}/{repetitions}  {way.name}: {speed:,.0f} users/s", highlight=False)
@@ -100,6 +103,13 @@ def main(users: int, repetitions: int) -> None:
                 Way("bare statement, 2 connections", rolling, refresh_bare),
                 Way("service", rolling, lambda url: refresh_by_service(running, url, events=False)),
                 Way("service, task events on", rolling, lambda url: refresh_by_service(running, url, events=True)),
+                Way(
+                    "service, one batch a message",
+                    rolling,
+                    lambda url: refresh_by_service(running, url, events=False, ids_a_message=1),
+                ),
+                Way("pgbench, the same statement", rolling, refresh_by_pgbench),
+                Way("the leanest statement", rolling, refresh_leanest, by_a_run=False),
             ],
             repetitions,
         )

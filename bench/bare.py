@@ -1,10 +1,15 @@
-"""The yardstick: the product's own batch statement in a bare psycopg loop, two processes with a connection each."""
+"""The yardstick: the product's own batch statement in a bare psycopg loop, two processes with a connection each.
+
+Beside it, in the same loop, the least that a statement can do and still write the same rows (leanest.sql).
+"""
 
 from __future__ import annotations
 
 import multiprocessing
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 from db import Database
 from refresh import runs, totals
@@ -12,40 +17,67 @@ from refresh.batch import GRANT_MANY
 from refresh.closing import close_batch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
     from multiprocessing.synchronize import Barrier
+    from uuid import UUID
 
 CONNECTIONS = 2
+BATCH_SIZE = 100
+LEANEST = (Path(__file__).parent / "leanest.sql").read_text()
+
+
+def open_due(database: Database) -> list[int]:
+    """Open a run over all who are due; returns its batches."""
+    with database.transaction(lock_timeout=runs.OPENING_LOCK_TIMEOUT) as connection:
+        run = runs.open_run(connection, runs.Request("cli", "bench", BATCH_SIZE))
+    if not isinstance(run, runs.Opened):
+        raise SystemExit(run.text)
+    with database.statements() as connection:
+        return [id_ for (id_,) in connection.execute("SELECT id FROM credit_refresh_batches ORDER BY id").fetchall()]
 
 
 def refresh_bare(url: str) -> float:
     """Refresh everybody; returns the seconds of the loops alone, without the scan and without any message."""
     database = Database(url, "credits")
-    with database.transaction(lock_timeout=runs.OPENING_LOCK_TIMEOUT) as connection:
-        run = runs.open_run(connection, runs.Request("cli", "bench", 100))
-    if not isinstance(run, runs.Opened):
-        raise SystemExit(run.text)
-    with database.statements() as connection:
-        ids = [id_ for (id_,) in connection.execute("SELECT id FROM credit_refresh_batches ORDER BY id").fetchall()]
-    # Spawned, not forked: a psycopg connection does not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    ready = context.Barrier(CONNECTIONS + 1)
-    loops = [
-        context.Process(target=_loop, args=(url, ids[number::CONNECTIONS], ready)) for number in range(CONNECTIONS)
-    ]
-    for loop in loops:
-        loop.start()
-    ready.wait()
-    started = time.perf_counter()
-    for loop in loops:
-        loop.join()
-    seconds = time.perf_counter() - started
+    seconds = _in_two_loops(_grant, url, open_due(database))
     with database.statements() as connection:
         totals.finish_runs(connection)
     return seconds
 
 
-def _loop(url: str, batch_ids: list[int], ready: Barrier) -> None:
+def refresh_leanest(url: str) -> float:
+    """Refresh everybody by the leanest statement, without a run or a batch; returns the seconds of the loops alone."""
+    with Database(url, "credits").statements() as connection:
+        ids = [id_ for (id_,) in connection.execute("SELECT id FROM users ORDER BY id").fetchall()]
+    shares = [(ids[at : at + BATCH_SIZE], uuid4()) for at in range(0, len(ids), BATCH_SIZE)]
+    return _in_two_loops(_grant_leanest, url, shares)
+
+
+def _in_two_loops(loop: Callable[..., None], url: str, work: Sequence[object]) -> float:
+    # Spawned, not forked: a psycopg connection does not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    ready = context.Barrier(CONNECTIONS + 1)
+    loops = [
+        context.Process(target=loop, args=(url, work[number::CONNECTIONS], ready)) for number in range(CONNECTIONS)
+    ]
+    for process in loops:
+        process.start()
+    ready.wait()
+    started = time.perf_counter()
+    for process in loops:
+        process.join()
+    return time.perf_counter() - started
+
+
+def _grant(url: str, batch_ids: list[int], ready: Barrier) -> None:
     with Database(url, "credits").statements() as connection:
         ready.wait()
         for batch_id in batch_ids:
             close_batch(connection, batch_id, GRANT_MANY)
+
+
+def _grant_leanest(url: str, shares: list[tuple[list[int], UUID]], ready: Barrier) -> None:
+    with Database(url, "credits").statements() as connection:
+        ready.wait()
+        for user_ids, run_id in shares:
+            connection.execute(LEANEST, {"user_ids": user_ids, "run_id": run_id}, prepare=True)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from datetime import timedelta
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 
 from bench.worlds import SLOT
 from cli.processes import Service
 from db import Database, one
 from embedded import Servers
 from embedded.processes import Supervisor
-from refresh import runs
+from refresh import delivery, runs
 from tasks.app import app, use_broker
 from tasks.publish import publish_batches
 
@@ -22,13 +23,16 @@ WORKERS = 2
 PATIENCE_SECONDS = 600.0
 
 
-def refresh_by_service(running: Servers, url: str, *, events: bool) -> float:
+def refresh_by_service(
+    running: Servers, url: str, *, events: bool, ids_a_message: int = delivery.MESSAGE_IDS_MAX
+) -> float:
     """Refresh everybody; returns the seconds from the scan's start to the run's finish, publishing included.
 
     Args:
         running: the servers.
         url: the database.
         events: whether workers send task events, as Flower needs them.
+        ids_a_message: how many batches a message carries at most.
     """
     servers = Servers(database_url=url, redis_url=running.redis_url, state=running.state)
     variables = {
@@ -47,7 +51,8 @@ def refresh_by_service(running: Servers, url: str, *, events: bool) -> float:
             run = runs.open_run(opening, runs.Request("cli", "bench", 100))
         if not isinstance(run, runs.Opened):
             raise SystemExit(run.text)
-        publish_batches(database, max_attempts=5, run_id=run.run_id)
+        with patch.object(delivery, "MESSAGE_IDS_MAX", ids_a_message):
+            publish_batches(database, max_attempts=5, run_id=run.run_id)
         return _seconds(connection, supervisor)
 
 
