@@ -23,6 +23,13 @@ ALL_OR_NONE = (
 )
 
 
+# A batch asks settings once, after its snapshot and before it locks a user: there it waits for us.
+GATE = """
+ALTER TABLE settings RENAME TO stored_settings;
+CREATE VIEW settings AS SELECT * FROM stored_settings WHERE pg_advisory_xact_lock_shared(7) IS NOT NULL
+"""
+
+
 def untouched(world: World) -> None:
     assert world.value("SELECT count(*) FROM credit_refresh_histories") == 0
     assert world.value("SELECT count(*) FROM credit_audit_logs") == 0
@@ -78,6 +85,24 @@ def test_held_and_inactive_users_are_no_failure(world: World) -> None:
     done = world.progress(run)
     assert (done.status, done.users_refreshed, done.users_held, done.users_skipped) == ("succeeded", 3, 1, 1)
     assert [row["status"] for row in world.history(held)] == ["held"]
+
+
+def test_one_who_is_deleted_between_the_snapshot_and_the_lock_is_no_failure(world: World) -> None:
+    world.users(50)
+    run = world.scan(atomic=True)
+    ids = world.claim(run)
+    world.sql.execute(GATE)
+    with world.host() as host, world.background(ids) as worker:
+        host.execute("SELECT pg_advisory_xact_lock(7)")
+        worker.start()
+        world.until(lambda: world.waiting("test") == 1, "the batch has its snapshot")
+        world.sql.execute("DELETE FROM users WHERE external_id = 'user-9'")
+        host.commit()
+        (outcome,) = worker.result()
+    assert (outcome.users_refreshed, outcome.users_skipped, outcome.users_deferred) == (49, 1, 0)
+    done = world.progress(run)
+    assert (done.status, done.users_refreshed, done.users_skipped) == ("succeeded", 49, 1)
+    assert world.value("SELECT count(*) FROM users WHERE credit_balance <> 1000") == 0
 
 
 def test_where_one_is_locked_all_wait_for_the_next_attempt_and_hold_nobody_up(world: World) -> None:

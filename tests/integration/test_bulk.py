@@ -284,6 +284,21 @@ def test_the_same_key_while_all_runs_are_dry(world: World) -> None:
     assert opened(world, idempotency_key="k").run_id == first.run_id
 
 
+@pytest.mark.parametrize("dry", [False, True])
+@pytest.mark.parametrize("force", [False, True])
+def test_the_same_key_after_the_dry_switch_was_turned(world: World, *, dry: bool, force: bool) -> None:
+    world.users(2)
+    world.sql.execute("UPDATE settings SET dry_run = %s", (dry,))
+    first = opened(world, idempotency_key="k", force=force)
+    assert first.dry_run == dry
+    world.sql.execute("UPDATE settings SET dry_run = NOT dry_run")
+    again = opened(world, idempotency_key="k", force=force)
+    assert (again.run_id, again.dry_run, again.existing) == (first.run_id, dry, True)
+    with pytest.raises(runs.RefusedError, match="take a new key"):  # a look ahead is another request, whatever it makes
+        open_bulk(world, idempotency_key="k", force=force, dry_run=True)
+    assert world.value("SELECT count(*) FROM credit_refresh_runs") == 1
+
+
 @pytest.mark.parametrize(
     "other",
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import pytest
@@ -206,6 +207,20 @@ def test_a_pause_is_nobodys_attempt(world: World) -> None:
     assert upkeep(world, max_attempts=1) == ids
     world.work(ids)
     assert world.progress(run).status == "succeeded"
+
+
+def test_resuming_waits_for_no_worker_that_has_a_batch(world: World) -> None:
+    world.users(150)
+    ids = world.claim(world.scan())
+    with world.database.transaction() as connection:
+        turn(connection, enabled=False, actor="test")
+    with world.host() as worker:
+        worker.execute("SELECT id FROM credit_refresh_batches WHERE id = %s FOR UPDATE", (ids[0],))
+        with world.database.transaction(lock_timeout=timedelta(milliseconds=50)) as connection:
+            assert turn(connection, enabled=True, actor="test")
+        published = world.rows("SELECT id FROM credit_refresh_batches WHERE published_at IS NOT NULL")
+        assert [row["id"] for row in published] == ids[:1]
+        assert upkeep(world) == ids[1:]
 
 
 def test_a_broker_that_is_gone_costs_a_delay_and_no_attempt(world: World) -> None:

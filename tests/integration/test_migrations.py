@@ -10,11 +10,15 @@ from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import OperationalError, ProgrammingError
 
 from cli.database import alembic, migrate
 from db import ALEMBIC_INI, REVISION, Database, DatabaseError
 from refresh.partitions import ensure_partitions
+from tests.integration import applying, rollbacks
+from tests.integration.test_host_functions import role
+from tests.integration.test_isolation import TRIGGER, poison
+from tests.integration.test_retry import MEND, retry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,9 +41,9 @@ def check(database: Database) -> None:
         command.check(configuration)
 
 
-def downgrade(database: Database) -> None:
+def downgrade(database: Database, to: str = "base") -> None:
     with alembic(database) as configuration:
-        command.downgrade(configuration, "base")
+        command.downgrade(configuration, to)
 
 
 def objects(database: Database) -> set[str]:
@@ -63,6 +67,48 @@ def test_up_and_down_and_up_again(empty: Database) -> None:
     migrate(empty)
     assert objects(empty) == first
     empty.require_migrated()
+
+
+def test_runs_that_0002_did_not_know_survive_the_way_down_and_up_again(world: World) -> None:
+    world.users(6)
+    run = rollbacks.refresh(world)
+    for name in ("user-1", "user-2"):
+        rollbacks.roll_back(world, run, users=[name], reopen=True)
+    poison(world, "user-3")
+    undone = rollbacks.roll_back(world, run, reopen=True)
+    failed = rollbacks.work_off(world, retry(world, undone.run_id))
+    world.sql.execute(MEND)
+    assert rollbacks.work_off(world, retry(world, failed.run_id)).status == "succeeded"
+    planned = applying.plan(world)
+    world.sql.execute(TRIGGER)
+    applied = applying.applied(world, planned)
+    assert (applied.users_refreshed, applied.users_failed) == (5, 1)
+    again = retry(world, applied.run_id)
+    with pytest.raises(ProgrammingError, match="runs that apply or roll back are still running"):
+        downgrade(world.database, "0002")
+    assert rollbacks.work_off(world, again).status == "failed"
+
+    def runs() -> list[dict[str, object]]:
+        return world.rows("SELECT id, kind, work, parent_run_id, subject_run_id FROM credit_refresh_runs ORDER BY id")
+
+    before = runs()
+    assert [sum(row["work"] == work for row in before) for work in ("refresh", "rollback", "apply")] == [2, 5, 2]
+    for _ in range(2):
+        downgrade(world.database, "0002")
+        migrate(world.database)
+    assert runs() == before
+    check(world.database)
+
+
+def test_the_hosts_right_to_its_view_survives_the_upgrade(world: World) -> None:
+    downgrade(world.database, "0002")
+    with role(world, "SELECT ON user_credits_now") as host:
+        migrate(world.database)
+        world.user(credit_balance=0)
+        with world.sql.transaction():
+            world.sql.execute(f"SET LOCAL ROLE {host}")
+            seen = world.row("SELECT credit_balance FROM user_credits_now")
+    assert seen == {"credit_balance": 1_000}
 
 
 def test_the_models_describe_what_the_migrations_make(empty: Database) -> None:

@@ -14,6 +14,8 @@ from refresh.apply import open_apply
 from refresh.cancel import cancel_run
 from refresh.rollback import Asked, open_rollback
 from refresh.runs import RefusedError
+from refresh.selection import Selection
+from tests.integration.bulk import opened
 from tests.integration.command import refused
 from tests.integration.planning import MONTHLY, change, date, next_of
 from tests.integration.test_isolation import id_of, poison
@@ -152,6 +154,37 @@ def test_all_or_none_again(world: World) -> None:
     batch = world.row(f"SELECT {columns} FROM credit_refresh_batches WHERE run_id = %s", made.run_id)  # noqa: S608 - the same
     assert batch == {"atomic": True, "users": 30}
     assert carried_out(world, made).users_refreshed == 30
+
+
+def test_all_or_none_where_one_of_them_is_in_another_run(world: World) -> None:
+    world.users(3)
+    world.sql.execute("UPDATE plans SET atomic = true WHERE code = 'pro'")
+    for name in ("ada", "bob", "cyd"):
+        world.user(name, plan_code="pro")
+    poison(world, "user-2", "bob")
+    run = world.scan()
+    assert carried_out(world, run).users_failed == 4
+    world.sql.execute(MEND)
+    other = opened(world, Selection(user="cyd"))
+    with world.database.statements() as connection:
+        counted = retrying.read_retriable(connection, run.run_id)
+    assert (counted.users, counted.users_elsewhere) == (1, 3)
+    first = retry(world, run.run_id)
+    assert (first.users_selected, carried_out(world, first).users_refreshed) == (1, 1)
+    assert world.value("SELECT count(*) FROM users WHERE plan_code = 'pro' AND credit_balance <> 400") == 0
+    assert carried_out(world, other).users_refreshed == 1
+    rest = carried_out(world, retry(world, run.run_id))  # all whom this run has failed, once nobody else has one
+    assert (rest.users_selected, rest.users_refreshed, rest.users_skipped) == (4, 2, 2)
+
+
+def test_all_or_none_with_nobody_else_to_take_is_refused(world: World) -> None:
+    world.users(5)
+    poison(world, "user-2")
+    run = world.scan(atomic=True)
+    carried_out(world, run)
+    opened(world, Selection(user="user-4"))
+    with pytest.raises(RefusedError, match="unfinished batches of other runs"):
+        retry(world, run.run_id)
 
 
 def test_an_apply_goes_on_with_the_plans_of_its_dry_run(world: World) -> None:

@@ -319,6 +319,19 @@ def test_a_forced_refresh_that_made_up_for_a_shortfall_gives_that_back_too(world
     assert last(world, ada)["shortfall"] == 0
 
 
+@pytest.mark.parametrize("due_in", ["-1 hour", "1 hour", None])
+def test_so_does_one_under_an_external_plan_whatever_date_it_left(world: World, due_in: str | None) -> None:
+    ada = world.user(credit_balance=0, due_in=due_in)
+    world.sql.execute("UPDATE plans SET cadence = 'external' WHERE code = 'free'")
+    world.sql.execute("UPDATE users SET refresh_shortfall = 300 WHERE id = %s", (ada,))
+    before = dates(world, ada)
+    forced = refresh(world, force=True)
+    assert (world.see(ada)["credit_balance"], world.see(ada)["refresh_shortfall"]) == (700, 0)
+    roll_back(world, forced)
+    assert (world.see(ada)["credit_balance"], world.see(ada)["refresh_shortfall"]) == (0, 300)
+    assert dates(world, ada) == before
+
+
 def test_a_reopened_user_under_hold_is_noted_again_and_refreshed_after_it(world: World) -> None:
     ada = world.user()
     run = refresh(world)

@@ -44,6 +44,26 @@ def test_on_our_own_statements_do_not_set_it_off(world: World) -> None:
     assert [row["source"] for row in world.history(ada)] == ["run"]
 
 
+@pytest.mark.parametrize("keep_window", [True, False])
+@pytest.mark.parametrize(("mode", "left"), [("reset", 1_000), ("rollover", 1_300)])
+def test_on_a_forced_grant_that_lowers_is_no_spend(world: World, mode: str, left: int, *, keep_window: bool) -> None:
+    """The date that it keeps, or comes to by itself, has passed between the run's opening and its batch."""
+    due = world.value("SELECT date_trunc('minute', now(), 'UTC') - interval '30 minutes'")
+    world.sql.execute(
+        "UPDATE plans SET grant_mode = %s, rollover_cap = 300, cadence = 'daily', time_of_day = %s WHERE code = 'free'",
+        (mode, due.time()),
+    )
+    ada = world.user(credit_balance=5_000)
+    world.sql.execute("UPDATE users SET next_refresh_at = %s WHERE id = %s", (due, ada))
+    turn(world, on=True)
+    world.refresh(force=True, keep_window=keep_window, as_of=due - timedelta(minutes=10))
+    user = world.see(ada)
+    assert (user["credit_balance"], user["next_refresh_at"]) == (left, due)
+    assert [(row["source"], row["credits_added"]) for row in world.history(ada)] == [("run", left - 5_000)]
+    world.sql.execute(SPEND, (ada,))  # the window that is due by now
+    assert [row["source"] for row in world.history(ada)] == ["run", "trigger"]
+
+
 def test_off_a_spend_refreshes_nobody(world: World) -> None:
     ada = world.user()
     turn(world, on=True)
