@@ -11,6 +11,7 @@ import psycopg
 from refresh import runs, switch
 from refresh.runs import RefusedError
 from refresh.work import do_batch, pending_batches
+from tests.integration import applying
 from tests.integration.ledger import check_ledger
 from tests.integration.rollbacks import (
     last,
@@ -163,3 +164,29 @@ def test_a_rollback_is_no_spend_and_sets_off_no_refresh(world: World) -> None:
     assert [row["status"] for row in world.history(ada)] == ["refreshed", "reversed"]
     spend(world, ada, 30)
     assert world.see(ada)["credit_balance"] == 970
+
+
+def test_one_operator_applies_while_another_rolls_the_apply_back(world: World) -> None:
+    """Both pressed at the same time, with workers draining: whatever the order, each grant is there or taken back."""
+    users = [world.user(f"user-{number}") for number in range(12)]
+    dry_run = applying.plan(world, batch_size=1)
+    applied = applying.opened(world, dry_run, batch_size=1)
+    with (
+        world.calls(
+            lambda: world.work(pending(world, applied)[:6]),
+            lambda: world.work(pending(world, applied)[6:]),
+            lambda: opened(world, applied.run_id),
+        ) as pressed,
+        suppress(RefusedError),
+    ):
+        pressed.start()
+        pressed.results()
+    # The rollback may come before the first grant: then it cancels the apply, and finds nothing to take back.
+    for row in world.rows("SELECT id FROM credit_refresh_batches WHERE status = 'pending'"):
+        world.work([row["id"]])
+    assert world.rows("SELECT id FROM credit_refresh_runs WHERE status = 'running'") == []
+    assert world.progress(applied).status in {"succeeded", "cancelled"}
+    live = "status = 'refreshed' AND reversed_by_run_id IS NULL"
+    assert world.value(f"SELECT count(*) FROM credit_refresh_histories WHERE {live}") == 0  # noqa: S608 - our own text
+    assert [world.see(user_id)["credit_balance"] for user_id in users] == [400] * len(users)
+    check_ledger(world, dict.fromkeys(users, 400))
