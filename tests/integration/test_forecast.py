@@ -161,7 +161,8 @@ def test_the_next_refresh_is_exact_when_nothing_is_spent(world: World) -> None:
 
 def test_holds(world: World) -> None:
     world.user("ada", credit_refresh_hold=True)
-    world.user("bob", credit_refresh_hold=True, hold_for="infinity")
+    bob = world.user("bob", credit_refresh_hold=True)
+    world.sql.execute("UPDATE users SET hold_until = 'infinity' WHERE id = %s", (bob,))
     world.user("cyd", credit_refresh_hold=True, hold_for="5 days")
     world.user("dan", credit_refresh_hold=True, hold_for="5 days", due_in="9 days")
     world.user("eve", credit_refresh_hold=True, hold_for="99 days")
