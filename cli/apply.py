@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cli.asking import key_option, reason_option
 from cli.main import FINISHED_WITH_FAILURES
 from cli.output import answer, json_option
 from cli.publishing import prepare_broker, refuse, wait_for_run
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("run", metavar="RUN")
-@click.option("--reason", required=True, help="For whoever asks why; lands in the run and in the audit log.")
-@click.option("--idempotency-key", metavar="K", help="Asked again with the same key, the same run is meant.")
+@reason_option
+@key_option
 @click.option("--wait", is_flag=True, help="Stay, and show progress to the end.")
 @yes_option
 @json_option

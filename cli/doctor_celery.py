@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import time
-from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
-
-from amqp.exceptions import ChannelError
+from typing import TYPE_CHECKING
 
 from celeryconfig import QueueNames
 from cli.words import counted
 from refresh.doctor import Finding
 from tasks.app import app, check_broker, heartbeat_path, use_broker
+from tasks.publish import messages_waiting
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -36,22 +34,11 @@ def broker(url: str | None) -> Finding:
 
 def queues() -> Finding:
     """How many messages wait."""
-    waiting = {name: _waiting(name) for name in QueueNames.ALL}
+    waiting = {name: messages_waiting(name) for name in QueueNames.ALL}
     said = ", ".join(f"{number:,} in {name}" for name, number in waiting.items()) + " (messages waiting)"
     if waiting[QueueNames.CONTROL] > CONTROL_WAITING_MAX:
         return Finding("wrong", said, f"no worker takes from {QueueNames.CONTROL}; {_START}")
     return Finding("ok", said)
-
-
-def _waiting(queue: str) -> int:
-    with app.connection_for_write() as connection:
-        channel: Any = connection.default_channel
-        try:
-            return int(channel.queue_declare(queue, passive=True).message_count)
-        except ChannelError as error:
-            if int(error.reply_code or 0) != HTTPStatus.NOT_FOUND:
-                raise
-            return 0  # Redis knows no empty list
 
 
 def workers(folders: Iterable[Path]) -> Finding:

@@ -57,7 +57,7 @@ def publish_queue(
     published = 0
     batch_ids: list[int] = []
     try:
-        room = delivery.QUEUE_DEEP_MESSAGES - batches_waiting(queue)
+        room = delivery.QUEUE_DEEP_MESSAGES - messages_waiting(queue)
         while room > 0 and (
             batch_ids := _claim(
                 database, replace(claim, limit=min(delivery.CLAIM_LIMIT, room * delivery.MESSAGE_IDS_MAX))
@@ -87,8 +87,8 @@ def _send(queue: str, batch_ids: list[int]) -> int:
     return len(messages)
 
 
-def batches_waiting(queue: str) -> int:
-    """Messages in a queue of batches that no worker has taken."""
+def messages_waiting(queue: str) -> int:
+    """Messages in a queue that no worker has taken."""
     with app.connection_for_write() as broker:
         channel: Any = broker.default_channel
         try:

@@ -13,7 +13,7 @@ from celeryconfig import QueueNames, TaskNames
 from refresh import delivery, partitions, totals
 from tasks.app import app, config, database
 from tasks.batch import log_finished
-from tasks.publish import batches_waiting, publish_queue
+from tasks.publish import messages_waiting, publish_queue
 from tasks.scan import open_current_slot
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def _finish() -> None:
 
 def _publish() -> None:
     for queue in QueueNames.WORK:
-        waiting = batches_waiting(queue)
+        waiting = messages_waiting(queue)
         if waiting == 0:
             with database().statements() as connection:
                 lost = delivery.record_losses(connection, scheduled=queue == QueueNames.BATCHES)

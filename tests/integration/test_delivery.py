@@ -11,7 +11,7 @@ from celeryconfig import QueueNames
 from refresh import delivery, runs, totals
 from refresh.switch import turn
 from tasks.app import app, use_broker
-from tasks.publish import batches_waiting, publish_batches
+from tasks.publish import messages_waiting, publish_batches
 
 if TYPE_CHECKING:
     import embedded
@@ -241,10 +241,10 @@ def test_a_run_of_more_batches_than_are_claimed_at_once_is_published_whole(
     app.control.purge()  # other tests leave their messages in the same Redis
     try:
         assert publish_batches(world.database, max_attempts=5, run_id=run.run_id) == delivery.CLAIM_LIMIT + 1
-        assert batches_waiting(QueueNames.BULK) == len(delivery.messages(list(range(delivery.CLAIM_LIMIT)))) + 1
+        assert messages_waiting(QueueNames.BULK) == len(delivery.messages(list(range(delivery.CLAIM_LIMIT)))) + 1
     finally:
         app.control.purge()
-    assert batches_waiting(QueueNames.BULK) == 0
+    assert messages_waiting(QueueNames.BULK) == 0
 
 
 def test_a_cancelled_run_gives_its_users_back(world: World) -> None:
@@ -277,7 +277,7 @@ def test_publishing_waits_while_the_queue_is_deep(
         first = publish_batches(world.database, max_attempts=5)
         waiting = world.value("SELECT count(*) FROM credit_refresh_batches WHERE published_at IS NULL AND attempts = 0")
         assert (first, waiting) == (3 * delivery.MESSAGE_IDS_MAX, 2)
-        assert batches_waiting(QueueNames.BULK) >= delivery.QUEUE_DEEP_MESSAGES
+        assert messages_waiting(QueueNames.BULK) >= delivery.QUEUE_DEEP_MESSAGES
         assert publish_batches(world.database, max_attempts=5) == 0
         app.control.purge()
         assert publish_batches(world.database, max_attempts=5) == waiting
@@ -296,6 +296,6 @@ def test_each_kind_of_run_has_its_queue(world: World, servers: embedded.Servers)
         assert isinstance(scheduled, runs.Opened)
         assert scheduled.users_selected == 1
         assert publish_batches(world.database, max_attempts=5) == 2
-        assert [batches_waiting(queue) for queue in QueueNames.WORK] == [1, 1]
+        assert [messages_waiting(queue) for queue in QueueNames.WORK] == [1, 1]
     finally:
         app.control.purge()
