@@ -9,14 +9,16 @@ import time
 from pathlib import Path
 
 from bench.bare import CONNECTIONS, open_due
+from bench.worlds import libpq_url
 from db import Database
 from embedded.postgres_server import find_programs
 from refresh import totals
 from refresh.batch import GRANT_MANY
 from refresh.closing import DEFERRED_BACKOFF_SECONDS, FEW_USERS
+from settings import environment
 
 # What db.py sets on the product's connections.
-_OPTIONS = "options=-csearch_path%3Dcredits%20-ctimezone%3DUTC%20-cjit%3Doff"
+_OPTIONS = "-csearch_path=credits -ctimezone=UTC -cjit=off"
 
 # Variables outlive a transaction, so each client walks over batches of its own.
 _SCRIPT = """\\set step :step + 1
@@ -47,9 +49,9 @@ def refresh_by_pgbench(url: str) -> float:
                 find_programs() / "pgbench", "--no-vacuum", "--protocol=prepared", f"--client={CONNECTIONS}",
                 f"--jobs={CONNECTIONS}", f"--transactions={len(ids) // CONNECTIONS}", f"--file={script}",
                 "--define=step=-1", f"--define=first={ids[0]}", f"--define=clients={CONNECTIONS}",
-                f"{url.replace('+psycopg', '')}&{_OPTIONS}",
+                libpq_url(url),
             ],
-            capture_output=True, text=True, check=False,
+            capture_output=True, text=True, check=False, env=environment(PGOPTIONS=_OPTIONS),
         )  # fmt: skip
         seconds = time.perf_counter() - started
     if done.returncode:

@@ -8,8 +8,8 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import psycopg
+from sqlalchemy import make_url
 
-import settings
 from cli.database import migrate
 from db import Database
 from refresh import runs
@@ -78,6 +78,8 @@ class Worlds:
         self._numbers = itertools.count(1)
         self._template = f"bench_{cadence}"
         with self._admin() as admin:
+            for name in (self._template, f"{self._template}_1"):
+                admin.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")  # of a run on given servers that was cut
             admin.execute(f"CREATE DATABASE {self._template}")
         template = Database(self.url(self._template), "credits")
         migrate(template)
@@ -106,13 +108,21 @@ class Worlds:
 
     def url(self, database: str) -> str:
         """The URL of a database of the cluster."""
-        head, _, tail = self._running.database_url.partition("/credits?")
-        found = settings.load().with_urls(database_url=f"{head}/{database}?{tail}", redis_url=None).database_url
-        assert found is not None  # noqa: S101 - it was given
-        return found
+        return url_of(self._running, database)
 
     def _admin(self) -> psycopg.Connection[tuple[object, ...]]:
-        return psycopg.connect(self._running.database_url, autocommit=True)
+        return psycopg.connect(libpq_url(self._running.database_url), autocommit=True)
+
+
+def url_of(running: Servers, database: str) -> str:
+    """SQLAlchemy's URL of a database of the cluster."""
+    url = make_url(running.database_url).set(drivername="postgresql+psycopg", database=database)
+    return url.render_as_string(hide_password=False)
+
+
+def libpq_url(url: str) -> str:
+    """The same URL for psycopg and for PostgreSQL's own programs."""
+    return make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
 
 
 def verify(url: str, users: int, *, by_a_run: bool = True) -> None:

@@ -27,6 +27,7 @@ class Run(Base):
         CheckConstraint("kind IN (work, 'retry')", name="kind_is_work"),
         CheckConstraint("(work IN ('apply', 'rollback')) = (subject_run_id IS NOT NULL)", name="subject"),
         CheckConstraint("amount > 0", name="amount"),
+        CheckConstraint("max_users_per_second > 0", name="max_users_per_second"),
         # Two beats, one run: the second finds the slot taken.
         Index("uq_credit_refresh_runs_slot", "slot", unique=True, postgresql_where=text("NOT dry_run")),
         Index("uq_credit_refresh_runs_slot_dry", "slot", unique=True, postgresql_where=text("dry_run")),
@@ -65,6 +66,7 @@ class Run(Base):
     requested_by: Mapped[str]
     idempotency_key: Mapped[str | None] = mapped_column(unique=True)
     max_users_per_second: Mapped[int | None] = mapped_column(Integer)
+    paced_until: Mapped[datetime | None]
     users_selected: Mapped[int] = mapped_column(server_default=text("0"))
     users_refreshed: Mapped[int] = mapped_column(server_default=text("0"))
     users_held: Mapped[int] = mapped_column(server_default=text("0"))

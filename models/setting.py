@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 from sqlalchemy import CheckConstraint, text
 from sqlalchemy.orm import Mapped, mapped_column
 
@@ -17,3 +19,4 @@ class Setting(Base):
     singleton: Mapped[bool] = mapped_column(primary_key=True, server_default=text("true"))
     enabled: Mapped[bool] = mapped_column(server_default=text("true"))
     dry_run: Mapped[bool] = mapped_column(server_default=text("false"))
+    books_since: Mapped[datetime | None]

@@ -1,0 +1,1 @@
+ALTER TABLE {schema}.settings DROP COLUMN books_since;

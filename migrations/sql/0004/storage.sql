@@ -1,0 +1,3 @@
+-- How the tables that every refresh writes are stored and vacuumed.
+
+SELECT 1;
