@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 CONNECTIONS = 2
 BATCH_SIZE = 100
 LEANEST = (Path(__file__).parent / "leanest.sql").read_text()
+# A database that is measured again has earlier runs.
+_PENDING = "SELECT id FROM credit_refresh_batches WHERE status = 'pending' ORDER BY id"
 
 
 def open_due(database: Database) -> list[int]:
@@ -33,24 +36,33 @@ def open_due(database: Database) -> list[int]:
     if not isinstance(run, runs.Opened):
         raise SystemExit(run.text)
     with database.statements() as connection:
-        return [id_ for (id_,) in connection.execute("SELECT id FROM credit_refresh_batches ORDER BY id").fetchall()]
+        return [id_ for (id_,) in connection.execute(_PENDING).fetchall()]
 
 
-def refresh_bare(url: str) -> float:
-    """Refresh everybody; returns the seconds of the loops alone, without the scan and without any message."""
+def refresh_bare(url: str, *, statement: str = GRANT_MANY, change: str = "SELECT 1") -> float:
+    """Refresh everybody; returns the seconds of the loops alone, without the scan and without any message.
+
+    Args:
+        url: the database.
+        statement: another than the product's.
+        change: SQL to be run between the scan and the loops: what the database is to be without.
+    """
     database = Database(url, "credits")
-    seconds = _in_two_loops(_grant, url, open_due(database))
+    batch_ids = open_due(database)
+    with database.statements() as connection:
+        connection.execute(change)
+    seconds = _in_two_loops(partial(_grant, statement), url, batch_ids)
     with database.statements() as connection:
         totals.finish_runs(connection)
     return seconds
 
 
-def refresh_leanest(url: str) -> float:
+def refresh_leanest(url: str, *, statement: str = LEANEST) -> float:
     """Refresh everybody by the leanest statement, without a run or a batch; returns the seconds of the loops alone."""
     with Database(url, "credits").statements() as connection:
         ids = [id_ for (id_,) in connection.execute("SELECT id FROM users ORDER BY id").fetchall()]
     shares = [(ids[at : at + BATCH_SIZE], uuid4()) for at in range(0, len(ids), BATCH_SIZE)]
-    return _in_two_loops(_grant_leanest, url, shares)
+    return _in_two_loops(partial(_grant_leanest, statement), url, shares)
 
 
 def _in_two_loops(loop: Callable[..., None], url: str, work: Sequence[object]) -> float:
@@ -69,15 +81,15 @@ def _in_two_loops(loop: Callable[..., None], url: str, work: Sequence[object]) -
     return time.perf_counter() - started
 
 
-def _grant(url: str, batch_ids: list[int], ready: Barrier) -> None:
+def _grant(statement: str, url: str, batch_ids: list[int], ready: Barrier) -> None:
     with Database(url, "credits").statements() as connection:
         ready.wait()
         for batch_id in batch_ids:
-            close_batch(connection, batch_id, GRANT_MANY)
+            close_batch(connection, batch_id, statement)
 
 
-def _grant_leanest(url: str, shares: list[tuple[list[int], UUID]], ready: Barrier) -> None:
+def _grant_leanest(statement: str, url: str, shares: list[tuple[list[int], UUID]], ready: Barrier) -> None:
     with Database(url, "credits").statements() as connection:
         ready.wait()
         for user_ids, run_id in shares:
-            connection.execute(LEANEST, {"user_ids": user_ids, "run_id": run_id}, prepare=True)
+            connection.execute(statement, {"user_ids": user_ids, "run_id": run_id}, prepare=True)

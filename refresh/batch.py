@@ -99,11 +99,9 @@ moved AS (
             -- A forced grant outside any grid has no end, and leaves the date as it is.
             WHEN d.newly_held OR d.window_end IS NULL THEN u.next_refresh_at
             WHEN h.status IS NOT NULL THEN d.window_end
-            -- Refused by the key: to the end of what was granted, which another plan may have given another length.
-            ELSE greatest(d.window_end, (
-                SELECT max(g.window_end) FROM credit_refresh_histories AS g
-                WHERE g.user_id = u.id AND g.status = 'refreshed' AND g.reversed_by_run_id IS NULL
-            ))
+            -- Refused by the key: to the end of what was granted, which another plan may have given another length. A
+            -- function that is not inlined: a query here would open every month's partition for every batch.
+            ELSE greatest(d.window_end, granted_until(u.id))
         END,
         refresh_shortfall = CASE WHEN h.status = 'refreshed' THEN 0 ELSE u.refresh_shortfall END,
         held_window = CASE WHEN d.newly_held THEN u.next_refresh_at END,
