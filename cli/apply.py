@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cli.asking import key_option, reason_option
+from cli.asking import inherited_pace_option, key_option, reason_option
 from cli.main import FINISHED_WITH_FAILURES
 from cli.output import answer, json_option
 from cli.publishing import prepare_broker, refuse, wait_for_run
@@ -28,12 +28,21 @@ if TYPE_CHECKING:
 @click.argument("run", metavar="RUN")
 @reason_option
 @key_option
+@inherited_pace_option
 @click.option("--wait", is_flag=True, help="Stay, and show progress to the end.")
 @yes_option
 @json_option
 @click.pass_context
 def apply(  # noqa: PLR0913 - one for each option
-    ctx: click.Context, *, run: str, reason: str, idempotency_key: str | None, wait: bool, yes: bool, as_json: bool
+    ctx: click.Context,
+    *,
+    run: str,
+    reason: str,
+    idempotency_key: str | None,
+    max_users_per_second: int | None,
+    wait: bool,
+    yes: bool,
+    as_json: bool,
 ) -> None:
     """Execute what a dry run planned: exactly that, for nobody else, and once. RUN is the dry run.
 
@@ -64,6 +73,7 @@ def apply(  # noqa: PLR0913 - one for each option
             opened.settings.credit_refresh_batch_size,
             reason=reason,
             idempotency_key=idempotency_key,
+            max_users_per_second=max_users_per_second,
         )
         with opened.database.transaction(lock_timeout=runs.OPENING_LOCK_TIMEOUT) as connection:
             begun = applying.open_apply(connection, dry_run.run_id, request)

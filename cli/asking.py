@@ -8,6 +8,7 @@ from __future__ import annotations
 import click
 
 from refresh import runs
+from refresh.pacing import PACE_MAX
 
 
 def _not_blank(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:
@@ -27,6 +28,18 @@ key_option = click.option(
     metavar="KEY",
     callback=_not_blank,
     help="Asked for again with the same key, the same run is the answer, and no second one is opened.",
+)
+pace_option = click.option(
+    "--max-users-per-second",
+    type=click.IntRange(1, PACE_MAX),
+    metavar="N",
+    help="Go no faster, so that the app keeps its database; without, as fast as the workers can.",
+)
+inherited_pace_option = click.option(
+    "--max-users-per-second",
+    type=click.IntRange(1, PACE_MAX),
+    metavar="N",
+    help="Go no faster; without, as RUN was told.",
 )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.asking import key_option, reason_option, refuse
+from cli.asking import key_option, pace_option, reason_option, refuse
 from cli.output import err, facts, json_option
 from cli.publishing import answer_run, carry_out, prepare_broker
 from cli.session import actor, session
@@ -78,6 +78,7 @@ class _Asked:
     dry_run: bool
     as_of: datetime | None
     atomic: bool
+    max_users_per_second: int | None
     idempotency_key: str | None
     reason: str
 
@@ -116,6 +117,7 @@ class _Asked:
             force=self.force,
             keep_window=self.keep_window,
             atomic=self.atomic,
+            max_users_per_second=self.max_users_per_second,
             idempotency_key=self.idempotency_key,
         )
 
@@ -132,6 +134,7 @@ class _Asked:
 @click.option("--dry-run", is_flag=True, help="Record what would be granted, row by row, and change no user.")
 @click.option("--as-of", type=Instant(), metavar="T", help="Decide as of this instant (in the future: dry runs alone).")
 @click.option("--atomic", is_flag=True, help=f"All of them or none; {runs.ATOMIC_USERS_MAX:,} users at most.")
+@pace_option
 @reason_option
 @key_option
 @unknown_option
@@ -164,6 +167,7 @@ def bulk_refresh(ctx: click.Context, /, *, wait: bool, yes: bool, as_json: bool,
     Examples:
       credits bulk-refresh --all --reason 'scan was down' --wait
       credits bulk-refresh --plan pro --force --keep-window --reason 'outage of 2026-11-20' --dry-run
+      credits bulk-refresh --all --max-users-per-second 500 --reason 'a busy evening'
       credits bulk-refresh --users ids.csv --unknown unknown.txt --force --reason 'launch bonus' --yes
       credits bulk-refresh --where 'balance<100' --where plan=free --force --reason goodwill --idempotency-key gw-7
     """  # noqa: D301 - \b is Click's mark for a block that is not to be wrapped

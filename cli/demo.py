@@ -60,6 +60,7 @@ def demo(*, users: int, keep: bool) -> None:
                 CREDIT_REFRESH_INTERVAL_SECONDS=str(INTERVAL_SECONDS),
                 CREDIT_REFRESH_ENABLED="true",
                 CREDIT_REFRESH_DRY_RUN="false",
+                CREDIT_REFRESH_MAX_USERS_PER_SECOND="0",
             )
             _say(f"Starting beat and {WORKERS} workers; logs are in {running.state}")
             service.start_beat()

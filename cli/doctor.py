@@ -99,6 +99,7 @@ class _Examination:
         self._ask("switch", lambda: domain.switch(self.connection, self.settings), after="migration")
         self._ask("spend trigger", lambda: domain.spend_trigger(self.connection), after="migration")
         self._ask("scheduled run", lambda: domain.scheduled_run(self.connection, self.settings), after="migration")
+        self._ask("pace", lambda: domain.pace(self.connection, self.settings), after="migration")
         self._ask("stuck runs", lambda: domain.stuck_runs(self.connection), after="migration")
         self._ask("overdue users", lambda: domain.overdue_users(self.connection, self.settings), after="migration")
         self._ask_celery()

@@ -26,10 +26,9 @@ _START = "start one: `credits up`, or `celery -A tasks worker`"
 
 
 def broker(url: str | None) -> Finding:
-    """Whether Redis answers; later questions go to the same one."""
+    """Whether the broker answers; later questions go to the same one."""
     use_broker(url)
-    check_broker()
-    return Finding("ok", "Redis answers")
+    return Finding("ok", f"{check_broker()} answers")
 
 
 def queues() -> Finding:

@@ -10,7 +10,9 @@ import click
 from cli.output import answer, err, json_option, out, table
 from cli.session import session
 from cli.types import Instant
+from cli.words import moment
 from refresh.history import user_history
+from refresh.retention import books_since
 
 if TYPE_CHECKING:
     from refresh.history import Entry
@@ -57,8 +59,9 @@ def history(*, user: str, limit: int, before: int | datetime | None, as_json: bo
     \b
     With --json: userId; entries, of which each has id, createdAt, status, source, runId, windowStart, windowEnd,
     firstMissedAt, windowsPassed, planCode, grantMode, target, oldBalance, creditsAdded, newBalance, shortfall, reason,
-    error, reversedByRunId; and next, the id to give to --before for the next page, null on the last one. Credits are
-    exact integers of up to 64 bits.
+    error, reversedByRunId; next, the id to give to --before for the next page, null on the last one; and booksSince,
+    from when on the books are whole, null where retention has dropped nothing. Credits are exact integers of up to
+    64 bits.
 
     \b
     Examples:
@@ -68,10 +71,14 @@ def history(*, user: str, limit: int, before: int | datetime | None, as_json: bo
     """  # noqa: D301 - \b is Click's mark for a block that is not to be wrapped
     with session() as opened, opened.database.statements() as connection:
         entries, more = user_history(connection, user, limit=limit, before=before)
+        since = books_since(connection)
     if as_json:
         following = entries[-1].id if more else None
-        answer("", {"userId": user, "entries": [entry.facts() for entry in entries], "next": following}, as_json=True)
+        shown = {"userId": user, "entries": [entry.facts() for entry in entries], "next": following}
+        answer("", {**shown, "booksSince": since.isoformat() if since else None}, as_json=True)
         return
+    if since is not None and not more:
+        err.print(f"The books begin at {moment(since)}: of what is older, only what is still needed is there.")
     if not entries:
         out.print(f"No refresh of {user} is on record.", soft_wrap=True, markup=False)
         return

@@ -27,6 +27,7 @@ _COMMANDS = {
     "refresh": ("cli.refresh", "Refresh one user, there and then."),
     "release": ("cli.hold", "End a user's hold."),
     "resume": ("cli.switch", "End a pause."),
+    "retention": ("cli.retention", "Drop what is older than somebody wants to keep."),
     "runs": ("cli.runs", "List, show and watch runs; apply, roll back, retry and cancel them."),
     "scan": ("cli.scan", "Find all due users and have the workers refresh them."),
     "stats": ("cli.stats", "Show how runs went: success, durations, failures by cause."),

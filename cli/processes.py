@@ -31,7 +31,7 @@ class Service:
         self._logs = logs
         self._environment = environment(
             DATABASE_URL=running.database_url,
-            REDIS_URL=running.redis_url,
+            CELERY_BROKER_URL=running.redis_url,  # before REDIS_URL, and before a broker of our own environment
             CREDITS_STATE_DIR=str(running.state),
             **variables,
         )

@@ -46,7 +46,7 @@ def prepare_broker(opened: Session) -> None:
     """
     if not opened.settings.credit_refresh_enabled:
         raise refuse(runs.NotOpened("disabled"))
-    use_broker(opened.settings.redis_url)
+    use_broker(opened.settings.broker_url)
     check_broker()
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.asking import key_option, reason_option, refuse
+from cli.asking import key_option, pace_option, reason_option, refuse
 from cli.main import FINISHED_WITH_FAILURES
 from cli.output import answer, err, facts, json_option
 from cli.publishing import carry_out, prepare_broker
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Record what would be taken back, row by row, and change no user.")
 @reason_option
 @key_option
+@pace_option
 @click.option("--wait", is_flag=True, help="Stay, and show progress to the end.")
 @yes_option
 @json_option
@@ -103,6 +104,7 @@ def _request(opened: Session, asked: domain.Asked, options: dict[str, Any]) -> r
             dry_run=options["dry_run"] or opened.settings.credit_refresh_dry_run,
             reason=options["reason"],
             idempotency_key=options["idempotency_key"],
+            max_users_per_second=options["max_users_per_second"],
         )
     )
 

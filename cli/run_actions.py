@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cli.asking import key_option, reason_option
+from cli.asking import inherited_pace_option, key_option, reason_option
 from cli.output import answer, json_option
 from cli.publishing import answer_run, carry_out, prepare_broker
 from cli.session import Session, actor, session
@@ -29,12 +29,21 @@ _DOING = {"refresh": "Refreshing", "apply": "Applying", "rollback": "Rolling bac
 @click.argument("run", metavar="RUN")
 @click.option("--reason", default="credits runs retry", show_default=True, help="For whoever asks why.")
 @key_option
+@inherited_pace_option
 @click.option("--wait", is_flag=True, help="Stay, and show progress to the end.")
 @yes_option
 @json_option
 @click.pass_context
 def retry(  # noqa: PLR0913 - one for each option
-    ctx: click.Context, *, run: str, reason: str, idempotency_key: str | None, wait: bool, yes: bool, as_json: bool
+    ctx: click.Context,
+    *,
+    run: str,
+    reason: str,
+    idempotency_key: str | None,
+    max_users_per_second: int | None,
+    wait: bool,
+    yes: bool,
+    as_json: bool,
 ) -> None:
     """Take up the users of a run who failed, as a new run.
 
@@ -57,7 +66,12 @@ def retry(  # noqa: PLR0913 - one for each option
         prepare_broker(opened)
         run_id = _ask(opened, run, yes=yes, repeatable=idempotency_key is not None)
         request = runs.Request(
-            "cli", actor(), opened.settings.credit_refresh_batch_size, reason=reason, idempotency_key=idempotency_key
+            "cli",
+            actor(),
+            opened.settings.credit_refresh_batch_size,
+            reason=reason,
+            idempotency_key=idempotency_key,
+            max_users_per_second=max_users_per_second,
         )
         with opened.database.transaction(lock_timeout=runs.OPENING_LOCK_TIMEOUT) as connection:
             begun = open_retry(connection, run_id, request)

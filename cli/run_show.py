@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.output import answer, facts, json_option, out, table
+from cli.output import answer, err, facts, json_option, out, table
 from cli.session import session
 from cli.words import moment
+from refresh.retention import books_since
 from refresh.run_detail import read_run
 from refresh.run_list import find_run
 
@@ -45,10 +46,10 @@ def show(*, run: str, failures: int, as_json: bool) -> None:
 
     \b
     With --json: what `credits runs list --json` says of a run; asOf, slot, parentRunId, subjectRunId, selection,
-    force, keepWindow, amount, atomic, maxUsersPerSecond, idempotencyKey, startedAt, finishedAt, cancelledBy,
-    cancelReason, error; children (runId, kind, work, status, dryRun, createdAt, requestedBy), batches by status
-    (status, batches, users, usersDeferred, attempts, credits), oldestPending and failedBatches (batchId, seq, users,
-    attempts, publishedAt, nextAttemptAt, error), failedUsers (userId, id, error); apply (usersPlanned,
+    force, keepWindow, amount, atomic, idempotencyKey, startedAt, finishedAt, cancelledBy, cancelReason, error;
+    children (runId, kind, work, status, dryRun, createdAt, requestedBy), batches by status (status, batches, users,
+    usersDeferred, attempts, credits), oldestPending and failedBatches (batchId, seq, users, attempts, publishedAt,
+    nextAttemptAt, error), failedUsers (userId, id, error); apply (usersPlanned,
     creditsPlanned, usersApplied, creditsApplied, usersDrifted) and rollback (usersReversed, creditsTakenBack,
     shortfall, usersRefreshedSince: null for a dry run, which counts them as skipped), each null for other runs.
 
@@ -59,9 +60,12 @@ def show(*, run: str, failures: int, as_json: bool) -> None:
     """  # noqa: D301 - \b is Click's mark for a block that is not to be wrapped
     with session() as opened, opened.database.statements() as connection:
         detail = read_run(connection, find_run(connection, run), failures=failures)
+        since = books_since(connection)
     if as_json:
         answer("", detail.facts(), as_json=True)
         return
+    if since is not None and detail.line.created_at < since:
+        err.print(f"The books begin at {moment(since)}: of this run, which is older, retention has dropped rows.")
     out.print(facts(f"Run {detail.line.run_id}", _known(detail)))
     for title, rows in _tables(detail).items():
         if rows:
@@ -84,7 +88,7 @@ def _known(detail: RunDetail) -> dict[str, Any]:
         "as of": _exactly(asked.as_of),
         "slot": _exactly(asked.slot),
         "amount": asked.amount,
-        "at most": f"{asked.max_users_per_second:,} users/s" if asked.max_users_per_second else None,
+        "at most": f"{line.max_users_per_second:,} users/s" if line.max_users_per_second else None,
         "idempotency key": asked.idempotency_key,
         "parent": asked.parent_run_id,
         "subject": asked.subject_run_id if asked.subject_run_id != asked.parent_run_id else None,

@@ -51,8 +51,9 @@ def list_(*, before: str | None, limit: int, as_json: bool, **filters: Any) -> N
 
     \b
     With --json: runs, of which each has runId, createdAt, kind, work, source, status, dryRun, usersSelected,
-    usersDone, usersRefreshed, usersHeld, usersSkipped, usersFailed, creditsGranted, seconds, requestedBy, reason;
-    and next, the run to give to --before for the next page, null on the last one.
+    usersDone, usersRefreshed, usersHeld, usersSkipped, usersFailed, creditsGranted, seconds, requestedBy, reason,
+    maxUsersPerSecond (null where it has no pace); and next, the run to give to --before for the next page, null on the
+    last one.
 
     \b
     Examples:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cli.asking import pace_option
 from cli.main import FINISHED_WITH_FAILURES
 from cli.output import answer, json_option
 from cli.publishing import prepare_broker, summary, wait_for_run
@@ -23,10 +24,19 @@ __all__ = ["scan", "summary", "wait_for_run"]
 @click.command()
 @click.option("--dry-run", is_flag=True, help="Record what would be granted, row by row, and change no user.")
 @click.option("--as-of", type=Instant(), metavar="T", help="Decide as of this instant (in the future: dry runs alone).")
+@pace_option
 @click.option("--wait", is_flag=True, help="Stay, and show progress to the end.")
 @json_option
 @click.pass_context
-def scan(ctx: click.Context, *, dry_run: bool, as_of: datetime | None, wait: bool, as_json: bool) -> None:
+def scan(  # noqa: PLR0913 - one for each option
+    ctx: click.Context,
+    *,
+    dry_run: bool,
+    as_of: datetime | None,
+    max_users_per_second: int | None,
+    wait: bool,
+    as_json: bool,
+) -> None:
     """Find all users whose window has elapsed and have the workers refresh them.
 
     Beat does this every hour by itself. A scan by hand is a run of its own beside beat's, takes no slot, and leaves
@@ -36,6 +46,7 @@ def scan(ctx: click.Context, *, dry_run: bool, as_of: datetime | None, wait: boo
     Examples:
       credits scan --dry-run --wait
       credits scan --dry-run --as-of 2026-12-01T00:00:00Z
+      credits scan --max-users-per-second 500 --wait
     """  # noqa: D301 - \b is Click's mark for a block that is not to be wrapped
     with session(broker=True) as opened:
         if not opened.settings.credit_refresh_enabled:
@@ -48,6 +59,7 @@ def scan(ctx: click.Context, *, dry_run: bool, as_of: datetime | None, wait: boo
             opened.settings.credit_refresh_batch_size,
             dry_run=dry_run or opened.settings.credit_refresh_dry_run,
             as_of=as_of,
+            max_users_per_second=max_users_per_second,
             reason="credits scan",
         )
         with opened.database.transaction(lock_timeout=runs.OPENING_LOCK_TIMEOUT) as connection:

@@ -95,6 +95,7 @@ def _summary(report: audit.Report, limit: int) -> str:
 def _facts(report: audit.Report, shown: list[dict[str, object]]) -> dict[str, Any]:
     return {
         "at": report.books.at.isoformat(),
+        "booksSince": report.books.since.isoformat() if report.books.since else None,
         "historyRows": report.books.history,
         "auditRows": report.books.audit,
         "users": report.books.users,

@@ -31,6 +31,7 @@ from refresh.closing import (
     LOCK_WAITING,
     Outcome,
 )
+from refresh.partitions import GONE, gone_text
 from refresh.selection import Chosen
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class DryRun:
         looks_ahead: it was decided as of an instant that has not come.
         users_planned: how many planned rows it wrote; with their credits.
         rows_left: how many there are now.
+        gone: it is older than the books.
         age_seconds: since it was opened.
         applied_by: the run that applied it, None if none did.
     """
@@ -66,12 +68,14 @@ class DryRun:
     keep_window: bool
     amount: int | None
     atomic: bool
+    max_users_per_second: int | None
     users_planned: int
     credits_planned: int
     rows_left: int
     age_seconds: float
     applied_by: UUID | None
     applied_status: str | None
+    gone: bool
 
 
 _PLANNED = "h.status = 'planned' AND h.status <> 'refreshed'"  # with the predicate of the index over runs
@@ -79,11 +83,11 @@ _PLANNED = "h.status = 'planned' AND h.status <> 'refreshed'"  # with the predic
 _DRY_RUN = f"""
 SELECT
     r.id AS run_id, r.work, r.dry_run, r.status, r.created_at, r.as_of, coalesce(r.as_of > now(), false) AS looks_ahead,
-    r.force, r.keep_window, r.amount, r.atomic, r.users_refreshed AS users_planned,
+    r.force, r.keep_window, r.amount, r.atomic, r.max_users_per_second, r.users_refreshed AS users_planned,
     r.credits_granted AS credits_planned,
     (SELECT count(*) FROM credit_refresh_histories AS h WHERE h.run_id = r.id AND {_PLANNED}) AS rows_left,
     extract(epoch FROM now() - r.created_at)::float AS age_seconds,
-    a.id AS applied_by, a.status AS applied_status
+    a.id AS applied_by, a.status AS applied_status, {GONE}
 FROM credit_refresh_runs AS r
 LEFT JOIN credit_refresh_runs AS a ON a.parent_run_id = r.id AND a.kind = 'apply' AND NOT a.dry_run
 WHERE r.id = %(run_id)s
@@ -115,7 +119,7 @@ def require_appliable(dry_run: DryRun) -> None:
         raise runs.RefusedError(reason)
 
 
-def _refusal(dry_run: DryRun) -> str | None:  # noqa: PLR0911 - one for each
+def _refusal(dry_run: DryRun) -> str | None:  # noqa: C901, PLR0911 - one for each
     name = f"run {dry_run.run_id}"
     if not dry_run.dry_run:
         return f"{name} is no dry run: only what a dry run planned can be applied"
@@ -131,6 +135,10 @@ def _refusal(dry_run: DryRun) -> str | None:  # noqa: PLR0911 - one for each
         return f"{name} planned nothing"
     if dry_run.looks_ahead and dry_run.as_of is not None:
         return f"{name} was decided as of {dry_run.as_of.isoformat()}, which has not come: apply it after that"
+    if dry_run.gone:
+        return gone_text(dry_run.run_id)
+    if not dry_run.rows_left:
+        return f"the rows that {name} planned are gone, as retention leaves them in time: make a new dry run"
     if dry_run.rows_left != dry_run.users_planned:
         return _rows_differ(dry_run, dry_run.rows_left)
     return None
@@ -169,7 +177,8 @@ def open_apply(
     Args:
         connection: in a transaction.
         run_id: the dry run.
-        request: who asks, why and by which key; what the dry run was asked for is taken from it.
+        request: who asks, why and by which key, and a pace, if another one; what the dry run was asked for is taken
+            from it.
 
     Raises:
         RefusedError: there is no such run, or `require_appliable()` says why it cannot be applied; its planned rows
@@ -184,6 +193,7 @@ def open_apply(
         keep_window=dry_run.keep_window,
         amount=dry_run.amount,
         atomic=dry_run.atomic,
+        max_users_per_second=request.max_users_per_second or dry_run.max_users_per_second,
         kind="apply",
         work="apply",
         parent_run_id=run_id,

@@ -32,7 +32,9 @@ WITH batch AS MATERIALIZED (
         CASE WHEN r.source <> 'beat' THEN jsonb_build_object('reason', r.reason) END AS detail
     FROM credit_refresh_batches AS b
     JOIN credit_refresh_runs AS r ON r.id = b.run_id
-    WHERE b.id = %(batch_id)s AND b.status = 'pending' AND r.status = 'running' AND r.work = '{work}'
+    -- Not `=`: that would admit the index over pending batches, which begins with the run and is then read whole.
+    WHERE b.id = %(batch_id)s AND b.status IS NOT DISTINCT FROM 'pending' AND r.status = 'running'
+        AND r.work = '{work}'
         AND r.dry_run = {dry_run} AND (SELECT enabled FROM settings)
     FOR UPDATE OF b SKIP LOCKED
 ),
@@ -169,6 +171,7 @@ planned AS MATERIALIZED (
         SELECT FROM credit_refresh_histories AS h
         WHERE h.user_id = d.user_id AND h.window_start = d.window_start AND h.status = 'refreshed'
             AND h.reversed_by_run_id IS NULL
+        OFFSET 0 -- user by user: joined, without statistics, each is looked for among everybody's
     )
 ),
 history AS (

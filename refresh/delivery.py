@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 # A batch takes milliseconds and is ended by the database after 30 s. What was published longer ago than this and
 # neither waits in the queue nor is locked by a worker was lost, or its worker died.
 LOST_AFTER_SECONDS = 30
+# Of a worker that waits for its turn in a paced run, these wait with it: what it has fetched ahead
+# (celeryconfig.worker_prefetch_multiplier) and what it has in hand.
+FETCHED_MESSAGES = 5
 OVERDUE_SECONDS = 600
 """A batch published longer ago than this is rung for again even if its message may still wait in a long queue."""
 # 10 s, 20 s, 40 s, … at most an hour between two attempts.
@@ -35,13 +38,16 @@ WITH due AS (
     FROM credit_refresh_batches AS b JOIN credit_refresh_runs AS r ON r.id = b.run_id
     WHERE b.status = 'pending' AND r.status = 'running' AND (SELECT enabled FROM settings)
         AND (r.slot IS NOT NULL) = %(scheduled)s
+        AND (%(paced)s::boolean IS NULL OR (r.max_users_per_second IS NOT NULL) = %(paced)s)
         AND (%(run_id)s::uuid IS NULL OR b.run_id = %(run_id)s::uuid)
         AND b.attempts < %(max_attempts)s
         AND CASE
             WHEN b.next_attempt_at IS NOT NULL THEN b.next_attempt_at <= now()
-            -- With messages in the queue ours may be among them: ring again, much later, and call it no attempt.
+            -- With messages in the queue ours may be among them: ring again, much later, and call it no attempt. Not
+            -- for a paced run whose turns are being taken.
             WHEN b.published_at IS NOT NULL THEN
-                %(ring_again)s AND b.published_at < now() - make_interval(secs => %(overdue)s)
+                %(ring_again)s
+                AND greatest(b.published_at, r.paced_until) < now() - make_interval(secs => %(overdue)s)
             ELSE true
         END
     ORDER BY b.id
@@ -65,6 +71,7 @@ class Claim:
         scheduled: of beat's runs, or of those that somebody asked for: each has a queue.
         max_attempts: batches that were tried this often are left to `give_up_batches()`.
         run_id: of a run that was just opened; None: of all, for upkeep.
+        paced: of runs that have a pace, or of those that have none; None: of both.
         ring_again: those too that were published `OVERDUE_SECONDS` ago and may still wait in the queue; upkeep takes
             them while the queue is short.
         limit: how many at most.
@@ -73,6 +80,7 @@ class Claim:
     scheduled: bool
     max_attempts: int
     run_id: UUID | None = None
+    paced: bool | None = None
     ring_again: bool = False
     limit: int = CLAIM_LIMIT
 
@@ -123,17 +131,45 @@ def record_failure(connection: psycopg.Connection[Any], batch_id: int, error: st
     return row[0] if row else 0
 
 
-# A worker that dies with a batch leaves no trace but this: published, gone from the queue, still pending.
+# A worker that dies with a batch leaves no trace but this: published, gone from the queue, still pending. Gone from the
+# queue is everything when the queue is empty, and, since a queue is taken from its head, what was put in before a batch
+# that is done. That one is trusted if it was published once: of a batch that was tried before nobody knows by which of
+# its messages it was done. Batches are published in the order of their ids.
 _LOST = """
+WITH running AS MATERIALIZED (
+    SELECT
+        r.id, r.paced_until,
+        -- While workers wait for turns, what they have fetched waits with them.
+        now() - make_interval(secs => %(lost_after)s)
+            - %(fetched)s * greatest(max(r.paced_until) OVER () - now(), interval '0') AS before,
+        (r.slot IS NOT NULL) = %(scheduled)s AS concerned
+    FROM credit_refresh_runs AS r
+    WHERE r.status = 'running' AND (SELECT enabled FROM settings)
+),
+frontier AS MATERIALIZED (
+    SELECT r.id AS run_id, r.paced_until, r.before, f.published_at, f.id
+    FROM running AS r
+    LEFT JOIN LATERAL (
+        SELECT d.published_at, d.id
+        FROM credit_refresh_batches AS d
+        WHERE d.run_id = r.id AND d.status = 'done' AND d.attempts = 0 AND d.finished_at < r.before
+            AND d.published_at IS NOT NULL
+        ORDER BY d.published_at DESC, d.id DESC
+        LIMIT 1
+    ) AS f ON true
+    WHERE r.concerned
+)
 UPDATE credit_refresh_batches AS b SET
     attempts = b.attempts + 1, next_attempt_at = now(),
     error = 'its worker died, or its message was lost'
 FROM (
     SELECT b.id
-    FROM credit_refresh_batches AS b JOIN credit_refresh_runs AS r ON r.id = b.run_id
-    WHERE b.status = 'pending' AND r.status = 'running' AND (SELECT enabled FROM settings)
-        AND (r.slot IS NOT NULL) = %(scheduled)s
-        AND b.next_attempt_at IS NULL AND b.published_at < now() - make_interval(secs => %(lost_after)s)
+    FROM credit_refresh_batches AS b JOIN frontier AS f ON f.run_id = b.run_id
+    WHERE b.status = 'pending' AND b.next_attempt_at IS NULL AND (
+        -- While turns are taken, the run's last batches wait in workers' hands.
+        %(queue_empty)s AND b.published_at < f.before AND coalesce(f.paced_until < f.before, true)
+        OR (b.published_at, b.id) < (f.published_at, f.id)
+    )
     FOR NO KEY UPDATE OF b SKIP LOCKED
 ) AS lost
 WHERE b.id = lost.id
@@ -141,13 +177,25 @@ RETURNING b.id
 """
 
 
-def record_losses(connection: psycopg.Connection[Any], *, scheduled: bool) -> int:
+def record_losses(connection: psycopg.Connection[Any], *, scheduled: bool, queue_empty: bool = True) -> int:
     """Count an attempt for each batch that was published, is not being done and waits in no queue.
 
-    Call it only while their queue is empty: that of beat's runs, or that of runs that somebody asked for. Returns how
-    many were lost; they are claimed again at once.
+    Args:
+        connection: in autocommit.
+        scheduled: of beat's runs, or of those that somebody asked for: each has a queue.
+        queue_empty: whether that queue was empty before this was called; if not, only those batches were lost for
+            certain that others of their run have overtaken.
+
+    Returns:
+        How many were lost; they are claimed again at once.
     """
-    return connection.execute(_LOST, {"scheduled": scheduled, "lost_after": LOST_AFTER_SECONDS}).rowcount
+    parameters = {
+        "scheduled": scheduled,
+        "queue_empty": queue_empty,
+        "lost_after": LOST_AFTER_SECONDS,
+        "fetched": FETCHED_MESSAGES,
+    }
+    return connection.execute(_LOST, parameters).rowcount
 
 
 _GIVE_UP = """
@@ -182,11 +230,19 @@ QUEUE_DEEP_MESSAGES = 10_000
 each, it is what two workers do in seven minutes."""
 
 
-def messages(batch_ids: list[int]) -> list[list[int]]:
+def message_ids_max(*, paced: bool) -> int:
+    """How many batches a message carries at most.
+
+    Of a paced run one: a worker takes from its queues in turn, message by message, and each of these batches waits.
+    """
+    return 1 if paced else MESSAGE_IDS_MAX
+
+
+def messages(batch_ids: list[int], *, paced: bool = False) -> list[list[int]]:
     """Cut claimed batches into messages: one id each while there are few, several when there are many.
 
     A message costs a worker about 0.7 ms, a batch of 100 users about 1.5 ms. So a small run spreads over all workers
     at once, and a large one pays for its messages once in `MESSAGE_IDS_MAX` batches.
     """
-    size = max(1, min(MESSAGE_IDS_MAX, len(batch_ids) // MESSAGES_ENOUGH))
+    size = max(1, min(message_ids_max(paced=paced), len(batch_ids) // MESSAGES_ENOUGH))
     return [batch_ids[i : i + size] for i in range(0, len(batch_ids), size)]

@@ -120,7 +120,7 @@ def default_partitions(connection: psycopg.Connection[Any]) -> Finding:
         return Finding(
             "wrong",
             f"{_many(audit)} audit rows lie in the default partition",
-            "upkeep did not run for months when they were written; retention by partition does not reach them",
+            "upkeep did not run for months when they were written; retention drops them with their months",
         )
     if histories:
         return Finding(
@@ -178,6 +178,29 @@ def scheduled_run(connection: psycopg.Connection[Any], settings: Settings) -> Fi
         f"the slot of {_moment(slot)} has no run, {said}",
         "are beat and a worker running, with these settings?",
     )
+
+
+_DUE_SOON = """
+SELECT count(*) FROM (SELECT FROM users WHERE wake_at <= now() + %(interval)s LIMIT %(limit)s) AS u
+"""
+
+
+def pace(connection: psycopg.Connection[Any], settings: Settings) -> Finding:
+    """Whether a scheduled run of those who are due by the next slot has ended before the one after it."""
+    most = settings.scheduled_max_users_per_second
+    if most is None:
+        return Finding("ok", "scheduled runs go as fast as the workers can")
+    (now,) = one(connection.execute("SELECT now()"))
+    slot = slot_at(now, settings.interval, settings.credit_refresh_cron)
+    interval = slot - slot_at(slot - timedelta(microseconds=1), settings.interval, settings.credit_refresh_cron)
+    room = int(most * interval.total_seconds())
+    (users,) = one(connection.execute(_DUE_SOON, {"interval": interval, "limit": room + 1}))
+    said = f"scheduled runs refresh {most:,} users per second at most, {room:,} in {interval}"
+    if users > room:
+        return Finding(
+            "wrong", f"{said}, and more than that are due by then", "raise CREDIT_REFRESH_MAX_USERS_PER_SECOND"
+        )
+    return Finding("ok", said)
 
 
 _OVERDUE = """

@@ -1,4 +1,4 @@
-"""Partitions of the coming months, made ahead of time."""
+"""Partitions of the coming months, made ahead of time; and what is true of a run whose months were dropped."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from datetime import datetime
+    from uuid import UUID
 
     import psycopg
 
 MONTHS_AHEAD = 3
 LOCK_TIMEOUT = timedelta(milliseconds=50)
 """Attaching waits for whoever reads the default partition, a dump perhaps, and others queue behind it: not for long."""
+
+GONE = "coalesce(r.created_at < (SELECT books_since FROM settings), false) AS gone"
+"""Whether a run `r` is older than the books: retention has dropped its rows, or some of them."""
 
 _MISSING = """
 SELECT count(*) FROM generate_series(0, %(months)s) AS month
@@ -45,3 +49,8 @@ def ensure_partitions(connection: psycopg.Connection[Any], *, until: datetime | 
     if missing is None or missing[0] == 0:
         return []
     return [name for (name,) in connection.execute(_ENSURE, {"months": months})]
+
+
+def gone_text(run_id: UUID) -> str:
+    """Why nothing can be done about a run that is older than the books, for people."""
+    return f"run {run_id} is older than the books: retention has dropped rows of it"

@@ -17,6 +17,7 @@ from psycopg.rows import class_row
 
 from db import one
 from refresh import runs, selection
+from refresh.partitions import GONE, gone_text
 from refresh.runs import RefusedError
 from refresh.selection import Chosen
 
@@ -33,6 +34,8 @@ class Retriable:
         users: how many a retry takes up.
         users_elsewhere: how many failed and are in an unfinished batch of another run, which decides over them.
         selection: what the run was opened with; regrids and rollbacks read theirs from it.
+        gone: it is older than the books.
+        subject_gone: so is what it took back, or no row is left of the plan that it applied.
     """
 
     run_id: UUID
@@ -47,19 +50,30 @@ class Retriable:
     amount: int | None
     as_of: datetime | None
     atomic: bool
+    max_users_per_second: int | None
     enabled: bool
     all_dry: bool
+    gone: bool
+    subject_gone: bool
     users: int = 0
     users_elsewhere: int = 0
 
 
-_RUN = """
+_RUN = f"""
 SELECT
     r.id AS run_id, r.kind, r.work, r.status, r.dry_run, r.subject_run_id, r.selection, r.force, r.keep_window,
-    r.amount, r.as_of, r.atomic, s.enabled, s.dry_run AS all_dry
-FROM credit_refresh_runs AS r CROSS JOIN settings AS s
+    r.amount, r.as_of, r.atomic, r.max_users_per_second, s.enabled, s.dry_run AS all_dry, {GONE},
+    CASE r.work
+        WHEN 'rollback' THEN (SELECT {GONE} FROM credit_refresh_runs AS r WHERE r.id = subject_id)
+        WHEN 'apply' THEN NOT EXISTS (
+            SELECT FROM credit_refresh_histories AS h
+            WHERE h.run_id = subject_id AND h.status = 'planned' AND h.status <> 'refreshed'
+        )
+        ELSE false
+    END AS subject_gone
+FROM credit_refresh_runs AS r CROSS JOIN settings AS s CROSS JOIN LATERAL (SELECT r.subject_run_id AS subject_id) AS a
 WHERE r.id = %(run_id)s
-"""
+"""  # noqa: S608 - texts of this package alone
 
 # Users who were all or none stay so. Batches are cancelled with their run alone. Whom the host has deleted nobody can
 # refresh.
@@ -125,11 +139,15 @@ def _counted(connection: psycopg.Connection[Any], run: Retriable) -> Retriable:
     return replace(run, users=users, users_elsewhere=users_elsewhere)
 
 
-def _refusal(run: Retriable) -> str | None:
+def _refusal(run: Retriable) -> str | None:  # noqa: PLR0911 - one for each
     if run.dry_run:
         return f"run {run.run_id} is a dry run: make a new one"
     if run.status == "running":
         return f"run {run.run_id} is still running: retry it when it has ended (`credits runs watch` tells)"
+    if run.gone:
+        return gone_text(run.run_id)
+    if run.subject_gone:
+        return f"retention has dropped what run {run.run_id} was about: it cannot be retried any more"
     if not run.enabled:
         return f"nothing was opened: {runs.NotOpened('paused').text}"
     if run.all_dry:
@@ -150,7 +168,8 @@ def open_retry(connection: psycopg.Connection[Any], run_id: UUID, request: runs.
     Args:
         connection: in a transaction.
         run_id: the run that failed them, of any kind, a retry among them.
-        request: who asks, why and by which key; what the run was asked for is taken from it.
+        request: who asks, why and by which key, and a pace, if another one; what the run was asked for is taken from
+            it.
 
     Raises:
         RefusedError: as `read_retriable()`; or the idempotency key belongs to another request.
@@ -165,6 +184,7 @@ def open_retry(connection: psycopg.Connection[Any], run_id: UUID, request: runs.
         keep_window=run.keep_window,
         amount=run.amount,
         atomic=run.atomic,
+        max_users_per_second=request.max_users_per_second or run.max_users_per_second,
         kind="retry",
         work=run.work,
         parent_run_id=run_id,

@@ -15,6 +15,7 @@ from uuid import UUID  # noqa: TC003 - asdict() and the tests read the annotatio
 from db import one
 from refresh import runs
 from refresh.cancel import cancel_run
+from refresh.partitions import GONE, gone_text
 from refresh.reversal import FITS, LIVE, MONEY
 from refresh.runs import NotOpened, Opened, RefusedError
 from refresh.selection import LISTED, Chosen
@@ -93,10 +94,11 @@ class _Subject(NamedTuple):
     work: str
     status: str
     dry_run: bool
+    gone: bool
 
 
 # Locked, the run ends before this or after it, and is cancelled in between or not at all.
-_SUBJECT = "SELECT work, status, dry_run FROM credit_refresh_runs WHERE id = %(run_id)s"
+_SUBJECT = f"SELECT work, status, dry_run, {GONE} FROM credit_refresh_runs AS r WHERE id = %(run_id)s"  # noqa: S608 - texts
 _SUBJECT_LOCKED = f"{_SUBJECT} FOR NO KEY UPDATE"
 # In the form of the unique index.
 _ROLLED_BACK = """
@@ -250,6 +252,8 @@ def _check(connection: psycopg.Connection[Any], asked: Asked, statement: str) ->
         raise RefusedError(f"run {asked.run_id} moved dates to a plan's new grid and granted nothing to take back")
     if subject.dry_run:
         raise RefusedError(f"run {asked.run_id} was a dry run: there is nothing to take back")
+    if subject.gone:
+        raise RefusedError(gone_text(asked.run_id))
     if asked.listed is None:
         by = connection.execute(_ROLLED_BACK, {"run_id": asked.run_id}).fetchone()
         if by is not None:

@@ -32,7 +32,6 @@ class Asked:
     keep_window: bool
     amount: int | None
     atomic: bool
-    max_users_per_second: int | None
     idempotency_key: str | None
     started_at: datetime | None
     finished_at: datetime | None
@@ -52,7 +51,6 @@ class Asked:
             "keepWindow": self.keep_window,
             "amount": self.amount,
             "atomic": self.atomic,
-            "maxUsersPerSecond": self.max_users_per_second,
             "idempotencyKey": self.idempotency_key,
             "startedAt": _iso(self.started_at),
             "finishedAt": _iso(self.finished_at),
@@ -227,8 +225,8 @@ class RunDetail:
 
 _ASKED = """
 SELECT
-    as_of, slot, parent_run_id, subject_run_id, selection, force, keep_window, amount, atomic, max_users_per_second,
-    idempotency_key, started_at, finished_at,
+    as_of, slot, parent_run_id, subject_run_id, selection, force, keep_window, amount, atomic, idempotency_key,
+    started_at, finished_at,
     metadata ->> 'cancelledBy' AS cancelled_by, metadata ->> 'cancelReason' AS cancel_reason, error
 FROM credit_refresh_runs
 WHERE id = %(run_id)s

@@ -91,6 +91,7 @@ class RunLine:
     seconds: float
     requested_by: str
     reason: str | None
+    max_users_per_second: int | None
 
     def facts(self) -> dict[str, object]:
         """What a JSON answer says of it."""
@@ -112,6 +113,7 @@ class RunLine:
             "seconds": round(self.seconds, 3),
             "requestedBy": self.requested_by,
             "reason": self.reason,
+            "maxUsersPerSecond": self.max_users_per_second,
         }
 
 
@@ -126,7 +128,7 @@ SELECT
     t.credits AS credits_granted,
     extract(epoch FROM coalesce(r.finished_at, clock_timestamp()) - coalesce(r.started_at, r.created_at))::float
         AS seconds,
-    r.requested_by, r.reason
+    r.requested_by, r.reason, r.max_users_per_second
 FROM page AS r
 CROSS JOIN LATERAL (
     SELECT

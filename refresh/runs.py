@@ -18,6 +18,7 @@ from psycopg.types.json import Jsonb
 
 from db import one
 from refresh import selection
+from refresh.pacing import batch_users
 from refresh.partitions import ensure_partitions
 from refresh.schedule import slot_at
 from refresh.selection import Chosen, Selection
@@ -48,7 +49,7 @@ class Request:
     Attributes:
         source: which way it came in.
         requested_by: who asked; the actor of the audit rows.
-        batch_size: users in a transaction.
+        batch_size: users in a transaction, at most.
         dry_run: decide and record, change no user.
         as_of: decide at this instant instead of each batch's own now(); in the future for dry runs alone.
         slot: the slot that a scheduled run stands for; None for a run that somebody asked for.
@@ -57,12 +58,16 @@ class Request:
         keep_window: a forced refresh leaves the user's date where it is.
         amount: the target instead of the user's or the plan's; None: theirs.
         atomic: all of the users or none.
+        max_users_per_second: go no faster than that; None: as fast as the workers can.
         idempotency_key: asked again with the same key, the request finds the run that it opened before.
         kind: what the run is called.
         work: what its batches do; the kind, but for a retry.
         parent_run_id: the run that it applies, reverses or retries.
         subject_run_id: the dry run whose rows it applies, or the run whose grants it takes back.
         made_dry: it was not asked for as a dry run, but every run is one now.
+
+    Raises:
+        RefusedError: it is atomic, and has a pace.
     """
 
     source: Literal["beat", "cli"]
@@ -76,6 +81,7 @@ class Request:
     keep_window: bool = False
     amount: int | None = None
     atomic: bool = False
+    max_users_per_second: int | None = None
     idempotency_key: str | None = None
     kind: Literal["refresh", "apply", "rollback", "retry", "regrid"] = "refresh"
     work: Literal["refresh", "apply", "rollback", "regrid"] = "refresh"
@@ -83,14 +89,20 @@ class Request:
     subject_run_id: UUID | None = None
     made_dry: bool = False
 
+    def __post_init__(self) -> None:
+        """What is one transaction has no pace."""
+        if self.atomic and self.max_users_per_second is not None:
+            raise RefusedError("all of them or none is one transaction: it cannot be paced")
+
     def as_things_are(self, *, all_dry: bool) -> Request:
         """The request as it will be carried out: a dry one where every run is."""
         return replace(self, dry_run=True, made_dry=True) if all_dry and not self.dry_run else self
 
     def fingerprint(self, selected: Mapping[str, Any]) -> str:
-        """Of everything that makes it this request and no other; who sent it, and when, does not."""
+        """Of everything that makes it this request and no other; who sent it, when, and how fast it goes does not."""
         content = {**asdict(self), "dry_run": self.dry_run and not self.made_dry, "selected": selected}
-        for name in ("source", "requested_by", "batch_size", "idempotency_key", "slot", "made_dry"):
+        how = ("batch_size", "max_users_per_second")
+        for name in ("source", "requested_by", "idempotency_key", "slot", "made_dry", *how):
             del content[name]
         return sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -138,9 +150,18 @@ class RefusedError(ValueError):
 # run that it waited for.
 _LOCK = "SELECT pg_advisory_xact_lock(hashtextextended(current_schema() || '.open_run', 0))"
 
+# Stale statistics, or none, make a scan of the whole table look cheap. And they make a bitmap scan look cheap, which
+# crosses the dead entries of everybody refreshed since the last vacuum again each hour: they all lie where the scan
+# begins. So the first user is looked for before, by a scan of the index that marks them dead for all that follow.
+_BY_INDEX = """
+SELECT
+    set_config('enable_seqscan', 'off', true),
+    (SELECT id FROM users WHERE wake_at <= coalesce(%(as_of)s::timestamptz, now()) ORDER BY wake_at LIMIT 1)
+"""
+
 _SITUATION = """
 SELECT
-    s.enabled, s.dry_run, now() AS now,
+    s.enabled, s.dry_run, s.books_since, now() AS now,
     -- Each in the form of its unique index.
     CASE
         WHEN %(dry_run)s OR s.dry_run
@@ -178,14 +199,15 @@ batches AS (
 cut AS (SELECT count(*) AS batches, coalesce(sum(users), 0) AS users FROM batches)
 INSERT INTO credit_refresh_runs (
     id, kind, work, source, status, dry_run, as_of, slot, parent_run_id, subject_run_id, selection, force, keep_window,
-    amount, atomic, reason, requested_by, idempotency_key, metadata, users_selected, batches_total, started_at,
-    finished_at
+    amount, atomic, reason, requested_by, max_users_per_second, idempotency_key, metadata, users_selected,
+    batches_total, started_at, finished_at
 )
 SELECT
     %(run_id)s::uuid, %(kind)s, %(work)s, %(source)s, CASE WHEN cut.batches = 0 THEN 'succeeded' ELSE 'running' END,
     %(dry_run)s, coalesce(%(as_of)s::timestamptz, CASE WHEN %(force)s THEN now() END), %(slot)s::timestamptz,
     %(parent_run_id)s::uuid, %(subject_run_id)s::uuid, %(selection)s, %(force)s, %(keep_window)s, %(amount)s::bigint,
-    %(atomic)s, %(reason)s, %(requested_by)s, %(idempotency_key)s, %(metadata)s, cut.users, cut.batches, now(),
+    %(atomic)s, %(reason)s, %(requested_by)s, %(max_users_per_second)s::integer, %(idempotency_key)s, %(metadata)s,
+    cut.users, cut.batches, now(),
     CASE WHEN cut.batches = 0 THEN clock_timestamp() END
 FROM cut
 WHERE cut.batches > 0 OR %(even_empty)s
@@ -216,6 +238,7 @@ def cut(
     values = {
         **chosen.parameters,
         **asdict(request),
+        "batch_size": batch_users(request.batch_size, request.max_users_per_second),
         "run_id": uuid4(),
         "selection": Jsonb(dict(chosen.facts)),
         "metadata": Jsonb(fingerprint),
@@ -256,10 +279,11 @@ def admit(
         before; or why none is opened.
 
     Raises:
-        RefusedError: `as_of` lies in the future and the run is not dry; the idempotency key belongs to another request.
+        RefusedError: `as_of` lies in the future and the run is not dry, or before the books; the idempotency key
+            belongs to another request.
     """
     situation = connection.execute(_SITUATION, {"slot": request.slot, "dry_run": request.dry_run})
-    enabled, all_dry, now, slot_taken = one(situation)
+    enabled, all_dry, books_since, now, slot_taken = one(situation)
     request = request.as_things_are(all_dry=all_dry)
     if existing := find_opened(connection, request, (asked or Selection()).facts(force=request.force)):
         return existing
@@ -269,6 +293,10 @@ def admit(
         return NotOpened("slot_taken")
     if request.as_of is not None and request.as_of > now and not request.dry_run:
         raise RefusedError(f"{request.as_of.isoformat()} lies in the future: only a dry run may look ahead")
+    if request.as_of is not None and books_since is not None and request.as_of < books_since:
+        raise RefusedError(
+            f"{request.as_of.isoformat()} lies before the books, which begin at {books_since.isoformat()} since retention"
+        )
     return request
 
 
@@ -295,6 +323,8 @@ def open_run(
     request = admitted
     if request.as_of is not None:
         ensure_partitions(connection, until=request.as_of)
+    if asked is None and not request.force:
+        connection.execute(_BY_INDEX, {"as_of": request.as_of})
     opened = cut(connection, request, _chosen(request, asked), even_empty=asked is None)
     if opened is None:
         raise RefusedError("nobody matches: no run was opened")
@@ -317,8 +347,14 @@ def _chosen(request: Request, asked: Selection | None) -> Chosen:
     return Chosen(text, wanted.parameters(), wanted.facts(force=request.force))
 
 
-def open_scheduled_run(
-    connection: psycopg.Connection[Any], *, interval: timedelta, cron: str | None, batch_size: int, dry_run: bool
+def open_scheduled_run(  # noqa: PLR0913 - one for each setting
+    connection: psycopg.Connection[Any],
+    *,
+    interval: timedelta,
+    cron: str | None,
+    batch_size: int,
+    dry_run: bool,
+    max_users_per_second: int | None = None,
 ) -> Opened | NotOpened:
     """Open the run of the slot that the database's clock is in, unless that slot has its run.
 
@@ -326,9 +362,19 @@ def open_scheduled_run(
         connection: in a transaction, as for `open_run()`.
         interval: the width of a slot.
         cron: a timetable in UTC that takes the interval's place.
-        batch_size: users in a transaction.
+        batch_size: users in a transaction, at most.
         dry_run: `CREDIT_REFRESH_DRY_RUN`.
+        max_users_per_second: `CREDIT_REFRESH_MAX_USERS_PER_SECOND`; None: as fast as the workers can.
     """
     (now,) = one(connection.execute("SELECT now()"))
     slot = slot_at(now, interval, cron)
-    return open_run(connection, Request("beat", "beat", batch_size, dry_run=dry_run, slot=slot, reason=SCHEDULED))
+    request = Request(
+        "beat",
+        "beat",
+        batch_size,
+        dry_run=dry_run,
+        slot=slot,
+        reason=SCHEDULED,
+        max_users_per_second=max_users_per_second,
+    )
+    return open_run(connection, request)

@@ -103,12 +103,14 @@ class Books:
 
     Attributes:
         at: the instant that all checks see.
+        since: from when on the books are whole; None: retention has dropped nothing.
         history: rows of the ledger, dry runs included.
         audit: rows of the audit log.
         users: users there are.
     """
 
     at: datetime
+    since: datetime | None
     history: int
     audit: int
     users: int
@@ -124,7 +126,8 @@ SELECT
 """
 _BOOKS = """
 SELECT
-    now() AS at, (SELECT count(*) FROM credit_refresh_histories) AS history,
+    now() AS at, (SELECT books_since FROM settings) AS since,
+    (SELECT count(*) FROM credit_refresh_histories) AS history,
     (SELECT count(*) FROM credit_audit_logs) AS audit, (SELECT count(*) FROM users) AS users
 """
 # The id that people know, looked up for the findings alone.
@@ -196,6 +199,8 @@ class Report:
         """The audit in a sentence."""
         books = self.books
         read = f"{books.history:,} rows of history, {books.audit:,} of audit, {books.users:,} users checked"
+        if books.since is not None:
+            read += f", whole since {books.since:%Y-%m-%d}"
         if not self.counts:
             return f"{read}; nothing found."
         found = ", ".join(f"{count:,} {name}" for name, count in self.counts.items())

@@ -25,6 +25,10 @@ class Check:
     query: str
 
 
+SINCE = "(SELECT coalesce(books_since, '-infinity') FROM settings)"
+"""From when on the books are whole. Of the time before, retention has kept single rows: each is right by itself, and
+what lay between them is gone."""
+
 # Closes a field that holds an instant.
 _AT = "%Y-%m-%d %H:%M:%S} UTC"
 

@@ -7,18 +7,18 @@ where the books cannot tell the two apart; each says where. A pass sorts or hash
 
 from __future__ import annotations
 
-from refresh.verify_kinds import Check
+from refresh.verify_kinds import SINCE, Check
 
 # Both sides of the ledger in one heap; what does not cancel out is a finding. A row and its audit row are of one
 # transaction, and so of one instant. What became of the balance is told by those alone that had it in hand.
-_LEDGER = """
+_LEDGER = f"""
 WITH entries AS (
     SELECT
         user_id, created_at AS at, run_id, status, 1 AS side,
         CASE WHEN status IN ('refreshed', 'held', 'reversed') THEN old_balance END AS old_balance,
         CASE WHEN status IN ('refreshed', 'held', 'reversed') THEN new_balance END AS new_balance,
         CASE WHEN status IN ('refreshed', 'held', 'reversed') THEN credits_added END AS credits
-    FROM credit_refresh_histories WHERE status <> 'planned'
+    FROM credit_refresh_histories WHERE status <> 'planned' AND created_at >= {SINCE}
     UNION ALL
     SELECT
         user_id, occurred_at, run_id, CASE action WHEN 'refresh_failed' THEN 'failed' ELSE action END, -1,
@@ -27,6 +27,7 @@ WITH entries AS (
         CASE WHEN action IN ('refreshed', 'held', 'reversed') THEN credits END
     FROM credit_audit_logs
     WHERE action IN ('refreshed', 'held', 'refresh_failed', 'reversed', 'skipped') AND user_id IS NOT NULL
+        AND occurred_at >= {SINCE}
 ),
 unlike AS (
     SELECT user_id, at, run_id, status, old_balance, new_balance, credits, sum(side) AS sides
@@ -46,7 +47,7 @@ SELECT
     coalesce(min(new_balance) FILTER (WHERE sides < 0), 0) AS audit_new,
     coalesce(min(credits) FILTER (WHERE sides < 0), 0) AS audit_credits
 FROM unlike GROUP BY user_id, at, run_id, status
-"""
+"""  # noqa: S608 - texts of this package alone
 
 # A forced grant has a window of its own beside the user's grid, and so has what retries or applies one.
 _FORCED = """
@@ -117,8 +118,8 @@ WHERE earlier_start = window_start OR (granted_until > window_start AND NOT is_f
 # A user's rows in the order of their ids: each was written under the user's lock, so that this is the order of the
 # grants whatever their clocks say. The users row comes last. An import may set balances and dates of users who are
 # there, and its audit row does not say whose: what may be its work is left alone. It may have begun before the row
-# before it was written.
-_CHAINS = """
+# before it was written. From before the books a user's last rows are there; what lay between others may be gone.
+_CHAINS = f"""
 WITH imports AS MATERIALIZED (
     SELECT
         occurred_at - interval '15 minutes' AS from_at, occurred_at AS at,
@@ -143,8 +144,11 @@ links AS (
 ),
 chained AS (
     SELECT
-        *, lag(at) OVER by_id AS before_at, lag(new_balance) OVER by_id AS left_balance, lag(status) OVER by_id AS was,
-        max(grant_id) OVER before AS last_grant_id, max(granted_at) OVER before AS last_granted_at,
+        *, lag(at) OVER by_id AS before_at, lag(status) OVER by_id AS was,
+        CASE WHEN status = 'user' OR lag(at) OVER by_id >= {SINCE} THEN lag(new_balance) OVER by_id END AS left_balance,
+        max(grant_id) OVER before AS last_grant_id,
+        max(CASE WHEN granted_at >= {SINCE} THEN granted_at END) OVER before AS last_granted_in_books,
+        max(granted_at) OVER before AS last_granted_at,
         max(granted_until) OVER before AS last_until,
         max(CASE WHEN status = 'reversed' THEN id END) OVER before AS last_reversal_id
     FROM links
@@ -154,7 +158,7 @@ chained AS (
 suspects AS (
     SELECT * FROM chained
     WHERE (old_balance > left_balance AND NOT %(top_ups)s::boolean)
-        OR (status = 'refreshed' AND last_refresh > last_granted_at)
+        OR (status = 'refreshed' AND last_refresh > last_granted_in_books)
         OR (status = 'user' AND (next_refresh_at < last_until OR last_refresh IS DISTINCT FROM last_granted_at))
 )
 SELECT
@@ -174,7 +178,7 @@ CROSS JOIN LATERAL (
         AND NOT EXISTS (SELECT FROM imports AS i WHERE i.balances AND i.at >= s.before_at AND i.from_at <= s.at)
     UNION ALL
     SELECT 'window_missing'
-    WHERE s.status = 'refreshed' AND s.last_refresh > s.last_granted_at AND s.next_refresh_at > s.last_until
+    WHERE s.status = 'refreshed' AND s.last_refresh > s.last_granted_in_books AND s.next_refresh_at > s.last_until
         AND NOT EXISTS (SELECT FROM imports AS i WHERE i.refreshes AND i.at >= s.last_granted_at AND i.from_at <= s.at)
     UNION ALL
     SELECT 'date_before_grant' WHERE s.status = 'user' AND s.next_refresh_at < s.last_until
@@ -187,7 +191,7 @@ CROSS JOIN LATERAL (
             OR s.last_refresh < s.last_granted_at - interval '1 minute')
         AND NOT EXISTS (SELECT FROM imports AS i WHERE i.refreshes AND i.at >= s.last_granted_at AND i.from_at <= s.at)
 ) AS f
-"""
+"""  # noqa: S608 - texts of this package alone
 
 _REVERSALS = """
 WITH grants AS (

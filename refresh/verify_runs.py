@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from refresh.verify_kinds import Check
+from refresh.verify_kinds import SINCE, Check
 
 # By run: one that was deleted may leave a million rows behind.
 _ORPHANS = """
@@ -23,8 +23,9 @@ WHERE NOT EXISTS (SELECT FROM credit_refresh_runs AS r WHERE r.id = n.run_id)
 GROUP BY n.run_id
 """
 
-# As totals.py sums them. Of a cancelled run the users of its cancelled batches are in none of the counts.
-_TOTALS = """
+# As totals.py sums them. Of a cancelled run the users of its cancelled batches are in none of the counts. Batches of
+# runs that ended before the books begin are gone, or may be.
+_TOTALS = f"""
 WITH batches AS (
     SELECT
         run_id, count(*) AS batches, sum(users_refreshed) AS refreshed, sum(users_held) AS held,
@@ -42,7 +43,7 @@ summed AS (
         ARRAY[coalesce(b.refreshed, 0), coalesce(b.held, 0), coalesce(b.skipped, 0), coalesce(b.failed, 0),
             coalesce(b.credits, 0), coalesce(b.batches, 0)]::numeric[] AS found
     FROM credit_refresh_runs AS r LEFT JOIN batches AS b ON b.run_id = r.id
-    WHERE r.status <> 'running'
+    WHERE r.status <> 'running' AND r.finished_at >= {SINCE}
 )
 SELECT
     'run_totals_disagree' AS finding, NULL::bigint AS user_id, run_id, status, selected,
@@ -50,11 +51,12 @@ SELECT
     format('%%s, %%s, %%s, %%s, %%s in %%s', VARIADIC found) AS batch_counts
 FROM summed
 WHERE said <> found OR (counted <> selected AND status <> 'cancelled')
-"""
+"""  # noqa: S608 - texts of this package alone
 
 # First by run, which is one pass over the ledger; batch by batch only where a run's sum is wrong. A user who was put
-# off is in several batches of a run: the last one is the one that decided.
-_COUNTS = """
+# off is in several batches of a run: the last one is the one that decided. Of a run from before the books, rows may be
+# gone.
+_COUNTS = f"""
 WITH by_run AS (
     SELECT run_id, count(*) AS users, sum(credits_added) AS credits
     FROM credit_refresh_histories WHERE status = 'refreshed' AND run_id IS NOT NULL GROUP BY run_id
@@ -62,7 +64,7 @@ WITH by_run AS (
 by_batches AS (
     SELECT b.run_id, sum(b.users_refreshed) AS users, sum(b.credits_granted) AS credits
     FROM credit_refresh_batches AS b JOIN credit_refresh_runs AS r ON r.id = b.run_id
-    WHERE NOT r.dry_run AND r.work IN ('refresh', 'apply') GROUP BY b.run_id
+    WHERE NOT r.dry_run AND r.work IN ('refresh', 'apply') AND r.created_at >= {SINCE} GROUP BY b.run_id
 ),
 wrong AS MATERIALIZED (
     SELECT b.run_id FROM by_batches AS b LEFT JOIN by_run AS h ON h.run_id = b.run_id
@@ -90,7 +92,7 @@ SELECT
 FROM batches AS b FULL JOIN granted AS g ON g.batch_id = b.id
 WHERE (coalesce(b.users_refreshed, 0), coalesce(b.credits_granted, 0))
     IS DISTINCT FROM (coalesce(g.users, 0), coalesce(g.credits, 0))
-"""
+"""  # noqa: S608 - texts of this package alone
 
 # Upkeep looks every minute. A batch may wait an hour for its next attempt, or behind the batches of older runs for as
 # long as those move; after a pause everything begins anew.

@@ -30,6 +30,7 @@ class Pending:
         work: what is to be done with its users.
         lone: it has one user, and may wait for a lock.
         atomic: all of its users or none.
+        paced: its run has a pace, so whoever does it waits for its turn before (pacing.py).
     """
 
     id: int
@@ -38,13 +39,15 @@ class Pending:
     dry_run: bool
     lone: bool
     atomic: bool
+    paced: bool
 
 
 # One round trip a message. What is done already is not asked again.
 _PENDING = """
-SELECT b.id, b.run_id, r.work, r.dry_run, cardinality(b.user_ids) = 1 AS lone, b.atomic
+SELECT b.id, b.run_id, r.work, r.dry_run, cardinality(b.user_ids) = 1 AS lone, b.atomic,
+    r.max_users_per_second IS NOT NULL AS paced
 FROM credit_refresh_batches AS b JOIN credit_refresh_runs AS r ON r.id = b.run_id
-WHERE b.id = ANY (%(ids)s) AND b.status = 'pending'
+WHERE b.id = ANY (%(ids)s) AND b.status IS NOT DISTINCT FROM 'pending' -- not `=`: see TAKE
 ORDER BY b.id
 """
 

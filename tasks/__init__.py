@@ -2,8 +2,9 @@
 
 from tasks.app import app
 from tasks.batch import batch
+from tasks.retention import retention
 from tasks.scan import scan
 from tasks.upkeep import upkeep
 from tasks.verify import verify
 
-__all__ = ["app", "batch", "scan", "upkeep", "verify"]
+__all__ = ["app", "batch", "retention", "scan", "upkeep", "verify"]

@@ -27,7 +27,10 @@ BROKER_TIMEOUT_SECONDS = 5
 
 
 def use_broker(url: str | None) -> None:
-    """Publish to another broker than `REDIS_URL` names: commands on embedded servers."""
+    """Publish to another broker than `REDIS_URL` names: commands on embedded servers.
+
+    Where the environment has `CELERY_BROKER_URL`, Celery publishes there whatever it is told.
+    """
     app.conf.update(broker_url=url)
 
 
@@ -53,7 +56,7 @@ def _configure_logs(**_: Any) -> None:
 @signals.beat_init.connect
 def _check_servers(**_: Any) -> None:
     """End the start with one line when something is missing, instead of retrying unseen."""
-    if config.redis_url is None:
+    if config.broker_url is None:
         raise SystemExit("credits: REDIS_URL is not set: set it, or let `credits up` start everything with servers.")
     try:
         database().require_migrated()
@@ -63,8 +66,8 @@ def _check_servers(**_: Any) -> None:
     config.credits_state_dir.mkdir(parents=True, exist_ok=True)
 
 
-def check_broker() -> None:
-    """Make sure that the broker answers.
+def check_broker() -> str:
+    """Make sure that the broker answers; returns what it is.
 
     Raises:
         DatabaseError: it does not; the text is one line for people.
@@ -72,8 +75,10 @@ def check_broker() -> None:
     with app.connection_for_write() as connection:
         try:
             connection.ensure_connection(max_retries=1, timeout=BROKER_TIMEOUT_SECONDS, reraise_as_library_errors=False)
-        except connection.connection_errors as error:
-            raise DatabaseError(f"The broker cannot be reached: {error} (see REDIS_URL)") from error
+        except (*connection.connection_errors, *connection.channel_errors) as error:  # RabbitMQ refuses by the latter
+            name = "CELERY_BROKER_URL" if config.celery_broker_url else "REDIS_URL"
+            raise DatabaseError(f"The broker cannot be reached: {error} (see {name})") from error
+        return "RabbitMQ" if connection.transport.driver_type == "amqp" else "Redis"
 
 
 @signals.worker_process_init.connect

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -11,7 +12,7 @@ import structlog
 import logs
 from celeryconfig import TaskNames
 from db import one_line
-from refresh import delivery, totals
+from refresh import delivery, pacing, totals
 from refresh.batch import granted_users
 from refresh.work import Pending, do_batch, pending_batches
 from tasks.app import app, config, database
@@ -40,6 +41,8 @@ def batch(batch_ids: list[int]) -> None:
 
 def _do(connection: psycopg.Connection[Any], pending: Pending) -> Outcome | None:
     try:
+        if pending.paced and not _await_turn(connection, pending.id):
+            return None
         outcome = do_batch(connection, pending)
     except psycopg.Error as error:
         # Not because of its users, and nothing was changed. Upkeep tries again: after a backoff, or, where the
@@ -64,6 +67,20 @@ def _do(connection: psycopg.Connection[Any], pending: Pending) -> Outcome | None
                 run_id=str(outcome.run_id),
             )
     return outcome
+
+
+def _await_turn(connection: psycopg.Connection[Any], batch_id: int) -> bool:
+    """Take the next turn of a paced run and sleep until it comes; False when there is nothing to do then."""
+    try:
+        seconds = pacing.take_turn(connection, batch_id)
+    except psycopg.errors.LockNotAvailable:
+        # Many workers, or somebody who cancels the run. It was nobody's attempt.
+        delivery.unclaim_batches(connection, [batch_id])
+        return False
+    if seconds is None:
+        return False
+    time.sleep(seconds)
+    return True
 
 
 def log_finished(finished: Iterable[totals.Finished]) -> None:

@@ -7,7 +7,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 import structlog
-from amqp.exceptions import ChannelError
+from amqp.exceptions import AMQPError, ChannelError
 from kombu.exceptions import KombuError
 from redis.exceptions import RedisError
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from db import Database
 
 # What a broker that is gone, full or slow raises: kombu wraps some of it and passes on the rest.
-_REFUSED = (KombuError, RedisError, OSError)
+_REFUSED = (KombuError, AMQPError, RedisError, OSError)
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("credits.publish")
 
@@ -58,13 +58,15 @@ def publish_queue(
     batch_ids: list[int] = []
     try:
         room = delivery.QUEUE_DEEP_MESSAGES - messages_waiting(queue)
-        while room > 0 and (
-            batch_ids := _claim(
-                database, replace(claim, limit=min(delivery.CLAIM_LIMIT, room * delivery.MESSAGE_IDS_MAX))
-            )
-        ):
-            room -= _send(queue, batch_ids)
-            published += len(batch_ids)
+        for paced in (False, True):  # the quick ones first
+            ids_max = delivery.message_ids_max(paced=paced)
+            while room > 0 and (
+                batch_ids := _claim(
+                    database, replace(claim, paced=paced, limit=min(delivery.CLAIM_LIMIT, room * ids_max))
+                )
+            ):
+                room -= _send(queue, delivery.messages(batch_ids, paced=paced))
+                published += len(batch_ids)
     except _REFUSED as error:
         log.warning(f"{logs.PREFIX} The broker did not take the batches; upkeep publishes them", error=str(error))
         with database.transaction() as connection:
@@ -77,13 +79,21 @@ def _claim(database: Database, claim: delivery.Claim) -> list[int]:
         return delivery.claim_batches(connection, claim)
 
 
-def _send(queue: str, batch_ids: list[int]) -> int:
+def _send(queue: str, messages: list[list[int]]) -> int:
     task = app.tasks[TaskNames.BATCH]
     producers: Any = app.amqp  # the type stubs do not know batch(), new in kombu 5.7
-    messages = delivery.messages(batch_ids)
     with app.connection_for_write() as broker, producers.Producer(broker) as producer, producer.batch():
-        for ids in messages:
-            task.apply_async((ids,), queue=queue, producer=producer)
+        amqp = broker.transport.driver_type == "amqp"
+        try:
+            for ids in messages:
+                task.apply_async((ids,), queue=queue, producer=producer)
+            if amqp:
+                # It answers what comes after the messages once it has read them; blocked, it says that instead.
+                producer.channel.queue_declare(queue, passive=True)
+        except _REFUSED:
+            if amqp:
+                broker.collect()  # a blocked connection would wait for ever for its close to be answered
+            raise
     return len(messages)
 
 
@@ -94,7 +104,8 @@ def messages_waiting(queue: str) -> int:
         try:
             return int(channel.queue_declare(queue, passive=True).message_count)
         except ChannelError as error:
-            # Redis knows no empty list. Any other answer is not a length, and must not pass for an empty queue.
+            # Redis knows no empty list, RabbitMQ no queue before its first use. Any other answer is not a length, and
+            # must not pass for an empty queue.
             if int(error.reply_code or 0) != HTTPStatus.NOT_FOUND:
                 raise
             return 0

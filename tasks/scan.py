@@ -32,6 +32,7 @@ def open_current_slot() -> runs.Opened | runs.NotOpened:
             cron=config.credit_refresh_cron,
             batch_size=config.credit_refresh_batch_size,
             dry_run=config.credit_refresh_dry_run,
+            max_users_per_second=config.scheduled_max_users_per_second,
         )
     if isinstance(opened, runs.Opened):
         log.info(f"{logs.PREFIX} Starting batch refresh...", **opened.facts())

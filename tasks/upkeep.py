@@ -55,11 +55,10 @@ def _finish() -> None:
 def _publish() -> None:
     for queue in QueueNames.WORK:
         waiting = messages_waiting(queue)
-        if waiting == 0:
-            with database().statements() as connection:
-                lost = delivery.record_losses(connection, scheduled=queue == QueueNames.BATCHES)
-            if lost:
-                log.warning(f"{logs.PREFIX} Batches were lost and are published again", batches=lost, queue=queue)
+        with database().statements() as connection:
+            lost = delivery.record_losses(connection, scheduled=queue == QueueNames.BATCHES, queue_empty=waiting == 0)
+        if lost:
+            log.warning(f"{logs.PREFIX} Batches were lost and are published again", batches=lost, queue=queue)
         published = publish_queue(
             database(),
             queue,

@@ -28,7 +28,7 @@ LOGGED_MAX = 100
 def verify() -> None:
     """Beat's nightly task. It reads the books at one instant and writes a row of the audit log afterwards."""
     began = time.monotonic()
-    with _heartbeat(), database().transaction() as connection:
+    with heartbeat(), database().transaction() as connection:
         report = audit.verify(connection, _terms(), limit=LOGGED_MAX, on_finding=_log)
     report.seconds = time.monotonic() - began
     with database().transaction() as connection:
@@ -63,7 +63,7 @@ def _log(finding: audit.Finding) -> None:
 
 
 @contextmanager
-def _heartbeat() -> Iterator[None]:
+def heartbeat() -> Iterator[None]:
     """A solo worker sends none while it works, and a check over ten million rows takes longer than its health check."""
     done = threading.Event()
 

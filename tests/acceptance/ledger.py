@@ -86,6 +86,7 @@ class Ledger:
             "UPDATE credit_refresh_batches SET published_at = published_at - interval '1 minute'"
             " WHERE status = 'pending'"
         )
+        self.execute("UPDATE credit_refresh_runs SET paced_until = paced_until - interval '1 minute'")
 
     def assert_nothing_granted(self) -> None:
         assert self.value("SELECT count(*) FROM credit_refresh_histories") == 0

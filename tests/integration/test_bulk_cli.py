@@ -28,6 +28,7 @@ BULK = ("bulk-refresh", "--yes", "--reason", "outage")
 LINE = {
     "runId", "createdAt", "kind", "work", "source", "status", "dryRun", "usersSelected", "usersDone", "usersRefreshed",
     "usersHeld", "usersSkipped", "usersFailed", "creditsGranted", "seconds", "requestedBy", "reason",
+    "maxUsersPerSecond",
 }  # fmt: skip
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 NAMES = [
     "settings", "servers", "database", "clock", "connections", "lock waits", "migration", "partitions",
-    "default partitions", "switch", "spend trigger", "scheduled run", "stuck runs", "overdue users", "broker",
+    "default partitions", "switch", "spend trigger", "scheduled run", "pace", "stuck runs", "overdue users", "broker",
     "queues", "workers", "beat",
 ]  # fmt: skip
 

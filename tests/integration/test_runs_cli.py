@@ -86,7 +86,7 @@ def test_the_list_is_newest_first_and_says_what_became_of_each(world: World, cli
         "runId": str(live.run_id), "createdAt": "", "kind": "refresh", "work": "refresh", "source": "cli",
         "status": "succeeded", "dryRun": False, "usersSelected": 151, "usersDone": 151, "usersRefreshed": 150,
         "usersHeld": 1, "usersSkipped": 0, "usersFailed": 0, "creditsGranted": live.credits_granted, "seconds": 0,
-        "requestedBy": "test", "reason": None,
+        "requestedBy": "test", "reason": None, "maxUsersPerSecond": None,
     }  # fmt: skip
     assert (second["dryRun"], second["reason"], second["creditsGranted"]) == (True, "what if", live.credits_granted)
     wide = cli.says("runs", "list")

@@ -25,6 +25,7 @@ def test_absent_variables_have_the_documented_defaults(monkeypatch: pytest.Monke
         ("CREDIT_REFRESH_BATCH_SIZE", "many", "valid integer"),
         ("CREDIT_REFRESH_BATCH_SIZE", "0", "greater than or equal to 1"),
         ("CREDIT_REFRESH_INTERVAL_HOURS", "1.5", "valid integer"),
+        ("CREDIT_REFRESH_MAX_USERS_PER_SECOND", "-1", "greater than or equal to 0"),
         ("CREDIT_REFRESH_ENABLED", "perhaps", "valid boolean"),
         ("CREDIT_REFRESH_CRON", "every day", "0 2 * * *"),
         ("CREDIT_REFRESH_CRON", "61 * * * *", "0 2 * * *"),
@@ -32,6 +33,7 @@ def test_absent_variables_have_the_documented_defaults(monkeypatch: pytest.Monke
         ("DATABASE_SCHEMA", 'credits"; drop', "plain lower-case SQL name"),
         ("DATABASE_SCHEMA", "public", "schema of its own"),
         ("CREDITS_FREE_TIER", "-1", "greater than or equal to 1"),
+        ("CELERY_TASK_DEFAULT_QUEUE_TYPE", "stream", "'quorum' or 'classic'"),
         ("LOG_LEVEL", "LOUD", "DEBUG"),
     ],
 )
@@ -47,7 +49,7 @@ def test_a_bad_value_gives_one_line_that_names_variable_and_value(
     assert "\n" not in line
 
 
-@pytest.mark.parametrize("name", ["DATABASE_URL", "REDIS_URL"])
+@pytest.mark.parametrize("name", ["DATABASE_URL", "REDIS_URL", "CELERY_BROKER_URL"])
 def test_a_bad_url_is_named_without_its_password(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "mysql://app:hunter2@db/app")
     with pytest.raises(settings.SettingsError) as caught:
@@ -62,3 +64,22 @@ def test_urls_are_brought_into_the_form_of_their_drivers(monkeypatch: pytest.Mon
     loaded = settings.load()
     assert loaded.database_url == "postgresql+psycopg://app@db/app"
     assert loaded.redis_url == "redis+socket:///run/redis.sock"
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["amqp://app:secret@mq/credits", "amqps://mq1//;amqps://mq2//", "rediss://redis:6379/0", "redis+socket:///run/r"],
+)
+def test_another_broker_comes_before_redis(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.setenv("REDIS_URL", "redis://redis:6379/0")
+    assert settings.load().broker_url == "redis://redis:6379/0"
+    monkeypatch.setenv("CELERY_BROKER_URL", url)
+    assert settings.load().broker_url == url
+
+
+@pytest.mark.parametrize("url", ["unix:///run/redis.sock", "amqp://mq//;redis://redis/0", "mq.internal", "sqs://"])
+def test_a_broker_must_be_one_that_celery_and_we_know(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    """Celery reads the variable itself, and knows no `unix://`; failover is between brokers of one kind."""
+    monkeypatch.setenv("CELERY_BROKER_URL", url)
+    with pytest.raises(settings.SettingsError, match=r"^CELERY_BROKER_URL: must start with amqp://"):
+        settings.load()

@@ -1,0 +1,233 @@
+"""A year of growth: what a batch costs where millions of history and audit rows are there already."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import click
+
+from bench.bare import refresh_bare
+from bench.report import benchmark
+from bench.worlds import DUE_NOW, Worlds, mark, verify
+from cli.output import err
+from db import Database, one
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from bench.report import Report
+    from embedded import Servers
+
+BAR = 1.2
+"""Times from a million rows to a hundred million: the issue's bar."""
+HUGE = 100_000_000
+_FROM, _TO = 1_000_000, HUGE
+_MONTHS = 12
+_USERS_A_DUE = 5
+"""Users in the table for each who is due: those lie scattered, and so do their entries in the indexes."""
+
+# How the rows lie over the partitions, by how many months they reach back. A year is what a service has after one; all
+# of them in the one month that the batches write to is the worst that can be.
+LAYOUTS = {"over 12 months": _MONTHS, "all in this month": 1}
+
+# Users take turns, as in the course of a month; a user has so many windows as there are rows.
+_ROWS = """
+FROM generate_series({months} - 1, 0, -1) AS m
+CROSS JOIN LATERAL (
+    SELECT date_trunc('month', now()) - make_interval(months => m) AS starts,
+        least(date_trunc('month', now()) - make_interval(months => m - 1), now()) AS ends
+) AS month
+CROSS JOIN LATERAL generate_series(0, {rows}::bigint / {months} - 1) AS n
+CROSS JOIN LATERAL (
+    SELECT 1 + (n * 7919) % {users} AS user_id, starts + (ends - starts) * (n * {months} / {rows}::float) AS at
+) AS r
+"""
+_FILL_HISTORIES = f"""
+INSERT INTO credit_refresh_histories (
+    run_id, user_id, status, window_start, window_end, plan_code, grant_mode, target, old_balance, credits_added,
+    new_balance, previous_next_refresh_at, previous_last_refresh, reason, created_at
+)
+SELECT '00000000-0000-0000-0000-000000000000', user_id, 'refreshed', at, at + interval '720 hours', 'free', 'fill',
+    1000, n % 1000, 1000 - n % 1000, 1000, at, at - interval '720 hours', 'scheduled', at
+{_ROWS}
+"""
+_FILL_AUDIT_LOGS = f"""
+INSERT INTO credit_audit_logs (
+    occurred_at, actor, action, user_id, run_id, balance_before, balance_after, credits
+)
+SELECT at, 'beat', 'refreshed', user_id, '00000000-0000-0000-0000-000000000000', n % 1000, 1000, 1000 - n % 1000
+{_ROWS}
+"""
+
+# Users come in no order, so filling this index row by row takes longer than all the rest. Built afterwards it had
+# full pages, which split at the next rows; those of an index that has grown are two thirds full.
+_GRANT_INDEX = """
+SELECT replace(replace(pg_get_indexdef('uq_credit_refresh_histories_grant'::regclass), ' ON ONLY ', ' ON '),
+    ' WHERE ', ' WITH (fillfactor = 67) WHERE ')
+"""
+
+# The triggers would not have it; what is refreshed again has the balance that verify() expects to have been there.
+_AGAIN = """
+ALTER TABLE users DISABLE TRIGGER USER;
+UPDATE users SET credit_balance = id % 1000, next_refresh_at = {due} WHERE id % {users_a_due} = 0;
+ALTER TABLE users ENABLE TRIGGER USER
+""".format(due=DUE_NOW.format(n="id"), users_a_due=_USERS_A_DUE)
+# What the last time's writing left to autovacuum, which would wake while we measure.
+_SETTLE = "VACUUM (ANALYZE) users, credit_refresh_batches, {this_month}"
+_THIS_MONTH = """
+SELECT parent || to_char(now(), '"_y"YYYY"m"MM')
+FROM unnest('{credit_refresh_histories,credit_audit_logs}'::text[]) AS parent
+"""
+
+
+@click.command()
+@click.option(
+    "--rows",
+    "sizes",
+    multiple=True,
+    default=(1_000_000, 5_000_000),
+    show_default=True,
+    type=click.IntRange(1_000),
+    help="Rows in each of the tables. (1000000 5000000 20000000)",
+)
+@click.option("--huge", is_flag=True, help="A hundred million rows, too, in one month: 45 GB of disk, and an hour.")
+@click.option("--users", default=20_000, show_default=True, type=click.IntRange(1_000), help="Due users.")
+@click.option("--repetitions", default=5, show_default=True, type=click.IntRange(1), help="Of each size, interleaved.")
+def year(sizes: Sequence[int], users: int, repetitions: int, *, huge: bool) -> None:
+    """What batches take where millions of history and audit rows are there: the bare statement on two connections.
+
+    Each number of rows has a database of its own at the same time, and the same users in it.
+    """
+    if len(set(sizes)) == 1:
+        raise click.UsageError("a curve takes two numbers of rows: --rows twice")
+    with benchmark("year") as (running, report):
+        seconds: dict[str, dict[int, list[float]]] = {}
+        for layout, months in LAYOUTS.items():
+            rows = sorted({*sizes, *([HUGE] if huge and months == 1 else [])})
+            err.print(f"Rows {layout}", highlight=False)
+            seconds[layout] = _measure(running, rows, months, users, repetitions)
+        _report(report, seconds, users)
+
+
+def _measure(
+    running: Servers, sizes: Sequence[int], months: int, users: int, repetitions: int
+) -> dict[int, list[float]]:
+    seconds: dict[int, list[float]] = defaultdict(list)
+    with ExitStack() as stack:
+        urls: dict[int, str] = {}
+        for rows in sizes:
+            err.print(f"Making {rows:,} rows", highlight=False)
+            due = f"CASE WHEN {{n}} % {_USERS_A_DUE} = 0 THEN {DUE_NOW} ELSE now() + interval '10 days' END"
+            world = Worlds(running, users * _USERS_A_DUE, name=f"year_{rows}", due=due)
+            stack.callback(world.drop)
+            urls[rows] = world.template_url
+            _fill(world, rows, months)
+        for repetition in range(1, repetitions + 1):
+            for rows, url in urls.items():
+                _make_due(url)
+                before = mark(url)
+                seconds[rows].append(refresh_bare(url))
+                verify(url, users, since=before)
+                err.print(f"{repetition}/{repetitions}  {rows:,} rows: {seconds[rows][-1]:.3f} s", highlight=False)
+    return seconds
+
+
+def _fill(world: Worlds, rows: int, months: int) -> None:
+    database = Database(world.template_url, "credits")
+    with database.transaction() as connection:
+        connection.execute("SELECT ensure_partitions(now() - make_interval(months => %s), %s)", (months - 1, months))
+    with database.statements() as connection:
+        (index,) = one(connection.execute(_GRANT_INDEX))
+    numbers = {"rows": rows, "months": months, "users": world.users}
+    _execute(database, "DROP INDEX uq_credit_refresh_histories_grant")
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda text: _execute(database, text.format(**numbers)), (_FILL_HISTORIES, _FILL_AUDIT_LOGS)))
+    _execute(database, index)
+    _execute(database, "VACUUM (FREEZE, ANALYZE)")
+
+
+def _make_due(url: str) -> None:
+    database = Database(url, "credits")
+    with database.statements() as connection:
+        names = [name for (name,) in connection.execute(_THIS_MONTH).fetchall()]
+    for text in (_AGAIN, _SETTLE.format(this_month=", ".join(names)), "CHECKPOINT"):
+        _execute(database, text)
+
+
+def _execute(database: Database, text: str) -> None:
+    with database.statements() as connection:
+        connection.execute("SET statement_timeout = 0")
+        connection.execute("SET maintenance_work_mem = '1GB'")
+        connection.execute(text)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """`ratio = start + slope · ln(rows)`, fitted through the medians of the ratios to the fewest rows."""
+
+    start: float
+    slope: float
+
+    def at(self, rows: float) -> float:
+        """The ratio at so many rows."""
+        return self.start + self.slope * math.log(rows)
+
+    @property
+    def growth(self) -> float:
+        """From a million rows to a hundred million."""
+        return self.at(_TO) / self.at(_FROM)
+
+
+def _fit(ratios: Mapping[int, float]) -> Curve:
+    fitted = statistics.linear_regression([math.log(rows) for rows in ratios], list(ratios.values()))
+    return Curve(fitted.intercept, fitted.slope)
+
+
+def _report(report: Report, seconds: Mapping[str, Mapping[int, Sequence[float]]], users: int) -> None:
+    report.figures("seconds", seconds)
+    curves: dict[str, Curve] = {}
+    lines: dict[str, list[tuple[float, float]]] = {}
+    rows_of_table = []
+    for layout, by_rows in seconds.items():
+        fewest = by_rows[min(by_rows)]
+        ratios = {
+            rows: statistics.median(mine / least for mine, least in zip(of_rows, fewest, strict=True))
+            for rows, of_rows in by_rows.items()
+        }
+        curves[layout] = _fit(ratios)
+        lines[layout] = list(ratios.items())
+        reach = sorted({*ratios, _FROM, _TO})
+        lines[f"{layout}: {curves[layout].start:.3f} + {curves[layout].slope:.4f} ln(rows)"] = [
+            (rows, curves[layout].at(rows)) for rows in reach
+        ]
+        rows_of_table += [
+            {
+                "rows": layout,
+                "of each table": f"{rows:,}",
+                "µs a user": f"{statistics.median(of_rows) / users * 1e6:.1f}",
+                "slowest to fastest": f"{max(of_rows) / users * 1e6:.1f} to {min(of_rows) / users * 1e6:.1f}",
+                "ratio to the fewest": f"{ratios[rows]:.2f}",
+            }
+            for rows, of_rows in by_rows.items()
+        ]
+    report.table(f"{users:,} due users, the bare statement on two connections, medians", rows_of_table)
+    report.table(
+        "From a million rows to a hundred million, by the fitted curve",
+        [{"rows": layout, "ratio": f"{curve.growth:.2f}", "bar": f"≤ {BAR}"} for layout, curve in curves.items()],
+    )
+    report.figures(
+        "curves", {layout: {"start": c.start, "slope": c.slope, "growth": c.growth} for layout, c in curves.items()}
+    )
+    report.lines(
+        "rows",
+        f"{users:,} due users beside the rows that are there",
+        ("history rows, and as many audit rows", "time, beside the fewest rows"),
+        lines,
+        log="x",
+    )
