@@ -114,7 +114,7 @@ class _Examination:
         from cli import doctor_celery as celery  # noqa: PLC0415
 
         folders = (self.settings.credits_state_dir, self.settings.credits_state_dir / INSTANCE)
-        self._ask("broker", partial(celery.broker, self.settings.redis_url))
+        self._ask("broker", partial(celery.broker, self.settings.broker_url))
         self._ask("queues", celery.queues, after="broker")
         self._ask("workers", partial(celery.workers, folders), after="broker")
         on_time = self._checks["scheduled run"].state == "ok"
@@ -146,12 +146,12 @@ class _Examination:
     def _servers(self) -> Finding:
         self._opened = self._stack.enter_context(session(broker=True, migrated=False))
         given = settings.load()
-        absent = [
-            name for name, url in (("DATABASE_URL", given.database_url), ("REDIS_URL", given.redis_url)) if url is None
-        ]
+        broker = "CELERY_BROKER_URL" if given.celery_broker_url else "REDIS_URL"
+        urls = {"DATABASE_URL": given.database_url, broker: given.broker_url}
+        absent = [name for name, url in urls.items() if url is None]
         if absent:
             return Finding("ok", f"embedded, for want of {' and '.join(absent)}")
-        return Finding("ok", "DATABASE_URL and REDIS_URL name them")
+        return Finding("ok", f"DATABASE_URL and {broker} name them")
 
     def _database(self) -> Finding:
         assert self._opened is not None  # noqa: S101 - asked after "servers" alone

@@ -166,14 +166,14 @@ def _draft(opened: Session, code: str, values: dict[str, Any]) -> domain.Draft:
 def _check_can_move(opened: Session) -> None:
     if not opened.settings.credit_refresh_enabled:
         raise RefusedError("CREDIT_REFRESH_ENABLED is false, and the change would open a run that moves users")
-    use_broker(opened.settings.redis_url)
+    use_broker(opened.settings.broker_url)
     check_broker()
 
 
 def _move(opened: Session, run: runs.Opened | None, *, wait: bool) -> totals.Progress | None:
     if run is None:
         return None
-    use_broker(opened.settings.redis_url)
+    use_broker(opened.settings.broker_url)
     publish_batches(opened.database, max_attempts=opened.settings.credit_refresh_max_attempts, run_id=run.run_id)
     return wait_for_run(opened, run.run_id, "Moving") if wait else None
 

@@ -51,7 +51,7 @@ def session(*, broker: bool = False, migrated: bool = True) -> Iterator[Session]
 @contextmanager
 def _urls(loaded: settings.Settings, *, broker: bool) -> Iterator[settings.Settings]:
     postgres = loaded.database_url is None
-    redis = broker and loaded.redis_url is None
+    redis = broker and loaded.broker_url is None
     if not postgres and not redis:
         yield loaded
         return

@@ -30,8 +30,8 @@ FLOWER_PORT = 5555
 def up(ctx: click.Context, *, workers: int, flower_port: int | None) -> None:
     """Run workers, beat and Flower until Ctrl-C, on embedded servers.
 
-    PostgreSQL and Redis are started too, and their data kept in .state, unless DATABASE_URL and REDIS_URL name
-    servers of yours. Other commands given meanwhile in this checkout find these servers.
+    PostgreSQL and Redis are started too, and their data kept in .state, unless DATABASE_URL and REDIS_URL (or
+    CELERY_BROKER_URL) name servers of yours. Other commands given meanwhile in this checkout find these servers.
 
     \b
     Example, in a second terminal:
@@ -42,7 +42,7 @@ def up(ctx: click.Context, *, workers: int, flower_port: int | None) -> None:
     loaded = settings.load()
     port = flower_port or _free_port(FLOWER_PORT)
     password = secrets.token_urlsafe(18)
-    own = loaded.database_url is None, loaded.redis_url is None
+    own = loaded.database_url is None, loaded.broker_url is None
     with embedded.servers(INSTANCE, loaded.credits_state_dir, postgres=own[0], redis=own[1]) as running:
         servers = _with_given(running, loaded)
         migrate(Database(servers.database_url, loaded.database_schema))
@@ -69,7 +69,7 @@ def _with_given(running: Servers, loaded: settings.Settings) -> Servers:
     """The servers that run, and those that the environment names."""
     return embedded.Servers(
         database_url=running.database_url or str(loaded.database_url),
-        redis_url=running.redis_url or str(loaded.redis_url),
+        redis_url=running.redis_url or str(loaded.broker_url),
         state=running.state,
     )
 

@@ -295,7 +295,7 @@ def admit(
         raise RefusedError(f"{request.as_of.isoformat()} lies in the future: only a dry run may look ahead")
     if request.as_of is not None and books_since is not None and request.as_of < books_since:
         raise RefusedError(
-            f"{request.as_of.isoformat()} lies before the books, which begin at {books_since.isoformat()} since retention"
+            f"{request.as_of.isoformat()} lies before the books, which begin at {books_since.isoformat()}"
         )
     return request
 
