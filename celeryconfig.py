@@ -64,6 +64,8 @@ else:
     # visibility_timeout, and nothing is redelivered behind our back.
     broker_transport_options = {
         "ack_emulation": False,
+        # No message has a priority, and each step is another list of each queue that is asked for every message.
+        "priority_steps": [0],
         # The default waits for ever: a publish to a hung Redis would hang with it.
         "socket_timeout": 10,
         "socket_connect_timeout": 5,

@@ -7,10 +7,11 @@ or killed in the same instant, and no round trip is spent on BEGIN and COMMIT.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+import psycopg
 from sqlalchemy import create_engine, event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import ConnectionPoolEntry, NullPool, QueuePool
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from datetime import timedelta
 
-    import psycopg
     from sqlalchemy import Connection
 
 Row = TypeVar("Row")
@@ -88,16 +88,16 @@ class Database:
                 "connect_timeout": CONNECT_TIMEOUT_SECONDS,
                 "application_name": name,
             },
+            # The driver's own transactions are used; SQLAlchemy would turn autocommit on and off with each loan.
+            isolation_level="AUTOCOMMIT",
             pool_pre_ping=pooled,
             **(pool or {"poolclass": NullPool}),
         )
-        self._autocommit = self._engine.execution_options(isolation_level="AUTOCOMMIT")
 
         @event.listens_for(self._engine, "connect")
         def limit_lock_waits(connection: psycopg.Connection[Any], _entry: ConnectionPoolEntry) -> None:
             connection.autocommit = True
             connection.execute(_LOCK_TIMEOUT, (lock_timeout_ms,))
-            connection.autocommit = False
 
     @contextmanager
     def connect(self) -> Iterator[Connection]:
@@ -107,7 +107,7 @@ class Database:
             DatabaseError: nothing answers at the address, or it refuses us.
         """
         try:
-            connection = self._engine.connect()
+            connection = self._engine.connect().execution_options(isolation_level="READ COMMITTED")
         except DBAPIError as error:
             raise DatabaseError(f"The database cannot be reached: {one_line(error)} (see DATABASE_URL)") from error
         with connection:
@@ -121,11 +121,11 @@ class Database:
             DatabaseError: nothing answers at the address, or it refuses us.
         """
         try:
-            connection = self._autocommit.connect()
-        except DBAPIError as error:
+            loan = self._engine.raw_connection()
+        except (DBAPIError, psycopg.OperationalError) as error:
             raise DatabaseError(f"The database cannot be reached: {one_line(error)} (see DATABASE_URL)") from error
-        with connection:
-            yield cast("psycopg.Connection[Any]", connection.connection.driver_connection)
+        with closing(loan):
+            yield cast("psycopg.Connection[Any]", loan.driver_connection)
 
     @contextmanager
     def transaction(self, *, lock_timeout: timedelta | None = None) -> Iterator[psycopg.Connection[Any]]:

@@ -31,7 +31,7 @@ from refresh.closing import (
     LOCK_WAITING,
     Outcome,
 )
-from refresh.partitions import GONE, gone_text
+from refresh.partitions import GONE_AS_OF, gone_text
 from refresh.selection import Chosen
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class DryRun:
         looks_ahead: it was decided as of an instant that has not come.
         users_planned: how many planned rows it wrote; with their credits.
         rows_left: how many there are now.
-        gone: it is older than the books.
+        gone: it, or the instant it decided as of, is older than the books.
         age_seconds: since it was opened.
         applied_by: the run that applied it, None if none did.
     """
@@ -87,7 +87,7 @@ SELECT
     r.credits_granted AS credits_planned,
     (SELECT count(*) FROM credit_refresh_histories AS h WHERE h.run_id = r.id AND {_PLANNED}) AS rows_left,
     extract(epoch FROM now() - r.created_at)::float AS age_seconds,
-    a.id AS applied_by, a.status AS applied_status, {GONE}
+    a.id AS applied_by, a.status AS applied_status, {GONE_AS_OF}
 FROM credit_refresh_runs AS r
 LEFT JOIN credit_refresh_runs AS a ON a.parent_run_id = r.id AND a.kind = 'apply' AND NOT a.dry_run
 WHERE r.id = %(run_id)s

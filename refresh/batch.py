@@ -115,7 +115,7 @@ moved AS (
     FROM decided AS d
     LEFT JOIN history AS h ON h.user_id = d.user_id
     WHERE u.id = d.user_id AND (d.verdict = 'due' OR d.newly_held)
-    RETURNING d.verdict, h.status
+    RETURNING d.verdict, h.status, h.credits_added
 ),
 audit AS (
     INSERT INTO credit_audit_logs (actor, action, user_id, run_id, balance_before, balance_after, credits, detail)
@@ -138,18 +138,26 @@ audit AS (
 COUNT = """
 counts AS (
     SELECT
-        (SELECT count(*) FROM moved WHERE status = 'refreshed') AS refreshed,
-        (SELECT count(*) FROM decided WHERE verdict = 'held') AS held,
-        (SELECT count(*) FROM decided WHERE verdict = '{failed}') AS failed,
+        m.refreshed, d.held, d.failed,
         -- Not due any more, without a plan, inactive, refused by the key; or deleted by the host since the scan.
-        (SELECT count(*) FROM decided WHERE verdict NOT IN ('due', 'held', '{failed}'))
-            + (SELECT count(*) FROM moved WHERE verdict = 'due' AND status IS NULL)
-            + (SELECT count(*) FROM missed WHERE NOT is_there) AS skipped,
+        d.others + m.refused + (SELECT count(*) FROM missed WHERE NOT is_there) AS skipped,
         coalesce((SELECT sum(users) FROM deferred), 0) AS deferred,
         -- A statistic, where two grants of nearly 2^63 must not fail the batch.
-        greatest(
-            least(coalesce((SELECT sum(credits_added) FROM history), 0), 9223372036854775807), -9223372036854775807
-        ) AS credits
+        greatest(least(m.credits, 9223372036854775807), -9223372036854775807) AS credits
+    FROM (
+        SELECT
+            count(*) FILTER (WHERE verdict = 'held') AS held,
+            count(*) FILTER (WHERE verdict = '{failed}') AS failed,
+            count(*) FILTER (WHERE verdict NOT IN ('due', 'held', '{failed}')) AS others
+        FROM decided
+    ) AS d
+    CROSS JOIN (
+        SELECT
+            count(*) FILTER (WHERE status = 'refreshed') AS refreshed,
+            count(*) FILTER (WHERE verdict = 'due' AND status IS NULL) AS refused,
+            coalesce(sum(credits_added), 0) AS credits
+        FROM moved
+    ) AS m
 )
 """
 

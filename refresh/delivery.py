@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from refresh.pacing import AHEAD_SECONDS_MAX
+
 if TYPE_CHECKING:
     from uuid import UUID
 
@@ -22,7 +24,8 @@ LOST_AFTER_SECONDS = 30
 # (celeryconfig.worker_prefetch_multiplier) and what it has in hand.
 FETCHED_MESSAGES = 5
 OVERDUE_SECONDS = 600
-"""A batch published longer ago than this is rung for again even if its message may still wait in a long queue."""
+"""A run whose youngest pending batch was published longer ago than this is rung for again, even if its messages may
+still wait in a long queue."""
 # 10 s, 20 s, 40 s, … at most an hour between two attempts.
 BACKOFF_SECONDS = 10
 BACKOFF_MAX_SECONDS = 3_600
@@ -33,7 +36,19 @@ CLAIM_LIMIT = 10_000
 # published_at is NULL until the first ring; next_attempt_at is set while a failed or deferred batch waits its backoff.
 # A batch locked by its worker is being done: SKIP LOCKED leaves it alone.
 _CLAIM = """
-WITH due AS (
+WITH
+-- A run is rung for again as a whole, or not at all: the order in which its batches were published tells which of them
+-- others have overtaken.
+quiet AS MATERIALIZED (
+    SELECT r.id
+    FROM credit_refresh_runs AS r
+    WHERE %(ring_again)s AND r.status = 'running' AND NOT EXISTS (
+        SELECT FROM credit_refresh_batches AS y
+        WHERE y.run_id = r.id AND y.status = 'pending' AND y.published_at >= now() - make_interval(secs => %(overdue)s)
+        OFFSET 0 -- run by run, by the index over pending batches
+    )
+),
+due AS (
     SELECT b.id
     FROM credit_refresh_batches AS b JOIN credit_refresh_runs AS r ON r.id = b.run_id
     WHERE b.status = 'pending' AND r.status = 'running' AND (SELECT enabled FROM settings)
@@ -46,7 +61,7 @@ WITH due AS (
             -- With messages in the queue ours may be among them: ring again, much later, and call it no attempt. Not
             -- for a paced run whose turns are being taken.
             WHEN b.published_at IS NOT NULL THEN
-                %(ring_again)s
+                b.run_id IN (SELECT id FROM quiet)
                 AND greatest(b.published_at, r.paced_until) < now() - make_interval(secs => %(overdue)s)
             ELSE true
         END
@@ -72,8 +87,8 @@ class Claim:
         max_attempts: batches that were tried this often are left to `give_up_batches()`.
         run_id: of a run that was just opened; None: of all, for upkeep.
         paced: of runs that have a pace, or of those that have none; None: of both.
-        ring_again: those too that were published `OVERDUE_SECONDS` ago and may still wait in the queue; upkeep takes
-            them while the queue is short.
+        ring_again: those too of runs of which all that is pending was published `OVERDUE_SECONDS` ago and may still
+            wait in the queue; upkeep takes them while the queue is short.
         limit: how many at most.
     """
 
@@ -139,9 +154,11 @@ _LOST = """
 WITH running AS MATERIALIZED (
     SELECT
         r.id, r.paced_until,
-        -- While workers wait for turns, what they have fetched waits with them.
-        now() - make_interval(secs => %(lost_after)s)
-            - %(fetched)s * greatest(max(r.paced_until) OVER () - now(), interval '0') AS before,
+        -- While workers wait for turns, what they have fetched waits with them: five minutes, should a clock that was
+        -- set back make it look like more.
+        now() - make_interval(secs => %(lost_after)s) - %(fetched)s * least(
+            greatest(max(r.paced_until) OVER () - now(), interval '0'), make_interval(secs => %(ahead_seconds_max)s)
+        ) AS before,
         (r.slot IS NOT NULL) = %(scheduled)s AS concerned
     FROM credit_refresh_runs AS r
     WHERE r.status = 'running' AND (SELECT enabled FROM settings)
@@ -194,6 +211,7 @@ def record_losses(connection: psycopg.Connection[Any], *, scheduled: bool, queue
         "queue_empty": queue_empty,
         "lost_after": LOST_AFTER_SECONDS,
         "fetched": FETCHED_MESSAGES,
+        "ahead_seconds_max": AHEAD_SECONDS_MAX,
     }
     return connection.execute(_LOST, parameters).rowcount
 

@@ -19,6 +19,9 @@ a worker gets to its other queue in between."""
 TURN_SECONDS_MAX = 5
 """What is all or none cannot be cut. Its turn is no longer than this: its transaction is one burst anyway, and a worker
 that waits longer would keep its other messages waiting, too."""
+AHEAD_SECONDS_MAX = 60
+"""No turn begins later than this from now. Only where the database's clock was set back does the row say so: that costs
+one burst of what the workers have in hand, instead of a sleep as long as the step."""
 
 
 def batch_users(batch_size: int, max_users_per_second: int | None) -> int:
@@ -35,7 +38,9 @@ _SECONDS = "least(cardinality(b.user_ids)::double precision / r.max_users_per_se
 # its turn on record.
 _TURN = f"""
 UPDATE credit_refresh_runs AS r SET
-    paced_until = greatest(r.paced_until, clock_timestamp()) + make_interval(secs => {_SECONDS})
+    paced_until = make_interval(secs => {_SECONDS}) + least(
+        greatest(r.paced_until, clock_timestamp()), clock_timestamp() + make_interval(secs => %(ahead_seconds_max)s)
+    )
 FROM credit_refresh_batches AS b
 WHERE b.id = %(batch_id)s AND b.status = 'pending' AND r.id = b.run_id AND r.status = 'running'
     AND r.max_users_per_second IS NOT NULL AND (SELECT enabled FROM settings)
@@ -59,6 +64,10 @@ def take_turn(connection: psycopg.Connection[Any], batch_id: int) -> float | Non
     Raises:
         psycopg.errors.LockNotAvailable: somebody has the run's row, to cancel it or to end it; no turn was taken.
     """
-    parameters = {"batch_id": batch_id, "seconds_max": TURN_SECONDS_MAX}
+    parameters = {
+        "batch_id": batch_id,
+        "seconds_max": TURN_SECONDS_MAX,
+        "ahead_seconds_max": AHEAD_SECONDS_MAX,
+    }
     row = connection.execute(_TURN, parameters, prepare=True).fetchone()
     return row[0] if row else None

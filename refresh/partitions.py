@@ -17,6 +17,8 @@ LOCK_TIMEOUT = timedelta(milliseconds=50)
 
 GONE = "coalesce(r.created_at < (SELECT books_since FROM settings), false) AS gone"
 """Whether a run `r` is older than the books: retention has dropped its rows, or some of them."""
+GONE_AS_OF = "coalesce(least(r.created_at, r.as_of) < (SELECT books_since FROM settings), false) AS gone"
+"""The same, for those who would decide as of its instant once more, which nobody can before the books."""
 
 _MISSING = """
 SELECT count(*) FROM generate_series(0, %(months)s) AS month
@@ -53,4 +55,4 @@ def ensure_partitions(connection: psycopg.Connection[Any], *, until: datetime | 
 
 def gone_text(run_id: UUID) -> str:
     """Why nothing can be done about a run that is older than the books, for people."""
-    return f"run {run_id} is older than the books: retention has dropped rows of it"
+    return f"run {run_id}, or the instant it decided as of, is older than the books: retention has dropped rows of it"

@@ -3,8 +3,9 @@
     months before the horizon, both ledgers (retention_drop.py) → planned rows of old dry runs → batch rows of runs that
     ended before the books begin
 
-The months are one transaction; rows go in pieces, a transaction each, so that a repetition goes on wherever the last
-one was stopped. Runs stay for ever, with their totals. Unless months are given, history and audit are kept whole.
+The months are one transaction; rows go in pieces, a transaction each with its row in the audit log, so that a
+repetition goes on wherever the last one was stopped. Runs stay for ever, with their totals. Unless months are given,
+history and audit are kept whole.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from refresh.retention_drop import Dropped, Horizon, Partition, drop_partitions,
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from uuid import UUID
 
     import psycopg
 
@@ -57,7 +57,7 @@ class Survey:
         books_since: where the books begin now; None: nothing was ever dropped.
         horizon: where they would begin, and why; None: no months were given.
         partitions: the months before it.
-        planned_rows: of how many dry runs together, `planned_runs`.
+        planned_rows: of how many dry runs together, `planned_runs`; not counting those that go with the months.
         batch_rows: of runs that ended before the books begin.
     """
 
@@ -140,10 +140,14 @@ _OLD_PLANNED = """
 h.run_id = r.id AND h.status = 'planned' AND h.status <> 'refreshed'
 AND NOT (h.reason = 'scheduled' AND h.window_end > now())
 """
+# Where months go first, without those that go with them.
 _PLANS = f"""
 SELECT r.id, p.rows
 FROM credit_refresh_runs AS r
-CROSS JOIN LATERAL (SELECT count(*) AS rows FROM credit_refresh_histories AS h WHERE {_OLD_PLANNED}) AS p
+CROSS JOIN LATERAL (
+    SELECT count(*) AS rows FROM credit_refresh_histories AS h
+    WHERE {_OLD_PLANNED} AND coalesce(greatest(h.window_start, h.created_at) >= %(horizon)s::timestamptz, true)
+) AS p
 WHERE {_OLD_PLANS} AND p.rows > 0
 ORDER BY r.created_at
 """  # noqa: S608 - texts of this module alone
@@ -151,7 +155,7 @@ _DELETE_PLANNED = f"""
 WITH piece AS MATERIALIZED (
     SELECT h.id, h.window_start
     FROM credit_refresh_runs AS r JOIN credit_refresh_histories AS h ON {_OLD_PLANNED}
-    WHERE r.id = %(run_id)s AND {_OLD_PLANS}
+    WHERE r.id = ANY (%(run_ids)s) AND {_OLD_PLANS}
     LIMIT %(rows)s
 )
 DELETE FROM credit_refresh_histories AS h USING piece AS p WHERE h.id = p.id AND h.window_start = p.window_start
@@ -168,7 +172,7 @@ _DELETE_BATCHES = f"""
 DELETE FROM credit_refresh_batches
 WHERE id IN (
     SELECT b.id FROM credit_refresh_runs AS r JOIN credit_refresh_batches AS b ON b.run_id = r.id
-    WHERE r.id = %(run_id)s AND {_ENDED}
+    WHERE r.id = ANY (%(run_ids)s) AND {_ENDED}
     LIMIT %(rows)s
 )
 """  # noqa: S608 - the same
@@ -196,7 +200,8 @@ def survey(connection: psycopg.Connection[Any], terms: Terms) -> Survey:
         partitions = read_partitions(connection, horizon.at) if horizon else []
         begin = books_since(connection)
         since = horizon.at if horizon and partitions else begin
-        plans = connection.execute(_PLANS, {"planned_days": terms.planned_days}).fetchall()
+        going = {"planned_days": terms.planned_days, "horizon": since if partitions else None}
+        plans = connection.execute(_PLANS, going).fetchall()
         ended = connection.execute(_ENDED_RUNS, {"since": since}).fetchall()
     return Survey(
         begin, horizon, partitions, sum(rows for _, rows in plans), len(plans), sum(rows for _, rows in ended)
@@ -212,7 +217,7 @@ def carry_out(
 ) -> Report:
     """Drop and delete what is too old. Stopped anywhere, the next time goes on from there.
 
-    The months' row of the audit log is written with them; another one says at the end how many single rows went.
+    The audit log has a row for the months, and one for each piece of single rows, written together with them.
 
     Args:
         connection: in autocommit.
@@ -229,43 +234,34 @@ def carry_out(
     with transaction(connection):
         connection.execute(_PATIENCE)
         report.books_since = books_since(connection)
-        since = {"since": report.books_since}
-        planned = {"planned_days": terms.planned_days}
-        plans = connection.execute(_PLANS, planned).fetchall()
-        ended = connection.execute(_ENDED_RUNS, since).fetchall()
-    for run_id, _ in plans:
-        report.planned_rows += _in_pieces(connection, _DELETE_PLANNED, run_id, planned, on_rows)
-    for run_id, _ in ended:
-        report.batch_rows += _in_pieces(connection, _DELETE_BATCHES, run_id, since, on_rows)
-    if report.planned_rows or report.batch_rows:
-        detail = {
-            "plannedDays": terms.planned_days,
-            "plannedRows": report.planned_rows,
-            "batchRows": report.batch_rows,
-            "booksSince": _iso(report.books_since),
-        }
-        with transaction(connection):
-            connection.execute(_AUDIT, {"actor": actor, "detail": Jsonb(detail)})
+        values = {"planned_days": terms.planned_days, "since": report.books_since, "horizon": None, "actor": actor}
+        plans = [run_id for run_id, _ in connection.execute(_PLANS, values)]
+        ended = [run_id for run_id, _ in connection.execute(_ENDED_RUNS, values)]
+    report.planned_rows = _in_pieces(connection, _DELETE_PLANNED, "plannedRows", {**values, "run_ids": plans}, on_rows)
+    report.batch_rows = _in_pieces(connection, _DELETE_BATCHES, "batchRows", {**values, "run_ids": ended}, on_rows)
     return report
 
 
 def _in_pieces(
     connection: psycopg.Connection[Any],
     statement: str,
-    run_id: UUID,
+    what: str,
     values: dict[str, Any],
     on_rows: Callable[[int], None],
 ) -> int:
     """Behind the door, so that nobody opens a run about the rows in the same instant."""
     total = 0
-    while True:
+    rows = PIECE_ROWS if values["run_ids"] else 0
+    while rows == PIECE_ROWS:
         with transaction(connection, lock_timeout=DOOR_TIMEOUT):
             runs.lock_door(connection)
-            rows = connection.execute(statement, {**values, "run_id": run_id, "rows": PIECE_ROWS}).rowcount
+            rows = connection.execute(statement, {**values, "rows": PIECE_ROWS}).rowcount
+            if rows:
+                detail = {"plannedDays": values["planned_days"], "booksSince": _iso(values["since"]), what: rows}
+                connection.execute(_AUDIT, {"actor": values["actor"], "detail": Jsonb(detail)})
         on_rows(rows)
         total += rows
-        if rows < PIECE_ROWS:
-            return total
+    return total
 
 
 def _iso(at: datetime | None) -> str | None:

@@ -1,25 +1,21 @@
 """Dropping the months before a horizon, and keeping of them what somebody still needs.
 
-    lock the old partitions against writers → a new partition with the rows that are needed → (the door, the parents)
-    → detach and drop the old ones, attach the new one, say from when on the books are whole
+    see that nobody reads → lock the old partitions against writers → a new partition with the rows that are needed
+    → (the door, the parents) → detach and drop the old ones, attach the new one, say from when on the books are whole
 
 One transaction: all of it or nothing. What takes long is done while batches run: only the last step, which is DDL
 alone, locks the tables against them, for a fraction of a second, and gives up where somebody reads. What is kept lies
 in one partition for all of the time before the horizon, which the next month's retention replaces.
 
-Who needs an old row (docs/adr/0010):
-
-- the unique key, of a window that has not ended, and the triggers and commands that ask up to when a user was granted;
-- the auditor, of each user the last grant and what came after it, so that balances and dates can still be explained;
-- whoever pairs a reversal with its grant, or a history row with its audit row.
+Who needs an old row says retention_needs.py.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from datetime import datetime, timedelta  # noqa: TC003 - psycopg's row factory builds the class at run time
 from typing import TYPE_CHECKING, Any, TypeVar
-from uuid import UUID  # noqa: TC003 - psycopg's row factory builds the class at run time
+from uuid import UUID  # noqa: TC003 - the same
 
 import psycopg
 from psycopg.rows import class_row
@@ -29,6 +25,7 @@ from psycopg.types.json import Jsonb
 from db import one, transaction
 from refresh import runs
 from refresh.partitions import LOCK_TIMEOUT
+from refresh.retention_needs import AUDIT, HISTORY, NEEDED, NEXT_WINDOWS
 from refresh.runs import RefusedError
 
 if TYPE_CHECKING:
@@ -40,9 +37,6 @@ ATTEMPTS = 5
 PAUSE_SECONDS = 1.0
 """How often the tables are asked for, each time for `LOCK_TIMEOUT`: a dump or an audit reads for longer than anybody
 should wait, and then it is for the next night."""
-NEXT_WINDOWS = timedelta(days=70)
-"""Whoever was granted another window within this time after the horizon is found by one pass over two months: of
-monthly users everybody who is still there. The others are looked up one by one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +98,6 @@ class Dropped:
         return sum(partition.rows for partition in self.partitions) - self.history_kept - self.audit_kept
 
 
-HISTORY, AUDIT = "credit_refresh_histories", "credit_audit_logs"
 _KEYS = {HISTORY: "window_start", AUDIT: "occurred_at"}
 
 # An unfinished run's rows stay, and those of the run that it is about; so do those of the instant it decides as of.
@@ -138,73 +131,6 @@ ORDER BY p.relname DESC, b.until
 """
 _ROWS = SQL("SELECT count(*) FROM {}")
 
-# Every row whose audit row stays, and every window that has not ended. Then, of users who are still there, the last
-# grant and what came after it, and the rows that say up to when they were granted: the latest end, which is not always
-# that of the window that began last. The first pass only spares the second one the many who were granted since.
-_NEEDED_HISTORY = """
-SELECT h.* FROM credit_refresh_histories AS h
-WHERE h.window_start < {horizon} AND (h.created_at >= {horizon} OR (h.status = 'refreshed' AND h.window_end > now()))
-UNION ALL
-SELECT o.*
-FROM (
-    SELECT h.* FROM credit_refresh_histories AS h
-    WHERE h.window_start < {horizon} AND h.created_at < {horizon} AND h.status IN ('refreshed', 'held', 'reversed')
-        AND NOT (h.status = 'refreshed' AND coalesce(h.window_end > now(), false))
-        AND NOT EXISTS (
-            SELECT FROM credit_refresh_histories AS k
-            WHERE k.window_start >= {horizon} AND k.window_start < {horizon} + {next_windows}
-                AND k.user_id = h.user_id AND k.status = 'refreshed' AND k.reversed_by_run_id IS NULL
-                AND k.id > h.id AND k.window_end > h.window_end
-        )
-    OFFSET 0
-) AS o
-JOIN users AS u ON u.id = o.user_id
-CROSS JOIN LATERAL (
-    SELECT
-        max(g.id) AS id, max(g.window_end) AS until,
-        max(g.window_end) FILTER (WHERE g.live) AS live_until, max(g.window_start) FILTER (WHERE g.live) AS live_start
-    FROM (
-        -- Each in the form of its index.
-        SELECT id, window_start, window_end, true AS live FROM credit_refresh_histories
-        WHERE user_id = o.user_id AND status = 'refreshed' AND reversed_by_run_id IS NULL
-        UNION ALL
-        SELECT id, window_start, window_end, false FROM credit_refresh_histories
-        WHERE user_id = o.user_id AND status = 'refreshed' AND reversed_by_run_id IS NOT NULL
-    ) AS g
-) AS last
-WHERE o.id >= coalesce(last.id, 0) OR (o.status = 'refreshed' AND (
-    o.window_end = last.until
-    OR (o.reversed_by_run_id IS NULL AND (o.window_end = last.live_until OR o.window_start = last.live_start))
-))
-"""
-# A reversal and its grant are of one window. Where one of them stays, so does the other.
-_NEEDED_PAIRS = """
-SELECT h.* FROM credit_refresh_histories AS h
-WHERE h.window_start < {horizon} AND NOT EXISTS (SELECT FROM {kept} AS n WHERE n.id = h.id) AND (
-    (h.status = 'reversed' AND EXISTS (
-        SELECT FROM {kept} AS n
-        WHERE n.user_id = h.user_id AND n.window_start = h.window_start AND n.status = 'refreshed'
-            AND n.reversed_by_run_id = h.run_id
-    ))
-    OR (h.status = 'refreshed' AND h.reversed_by_run_id IS NOT NULL AND EXISTS (
-        SELECT FROM {kept} AS n
-        WHERE n.user_id = h.user_id AND n.window_start = h.window_start AND n.status = 'reversed'
-            AND n.run_id = h.reversed_by_run_id
-    ))
-)
-"""
-# What was done to the service as a whole (an import explains balances), and who has set a hold that is still on.
-_NEEDED_AUDIT = """
-SELECT a.* FROM credit_audit_logs AS a
-WHERE a.occurred_at < {horizon} AND (
-    (a.user_id IS NULL AND a.action NOT IN ('planned', 'regridded'))
-    OR (a.action IN ('hold_set', 'hold_changed') AND EXISTS (
-        SELECT FROM users AS u WHERE u.id = a.user_id AND u.credit_refresh_hold
-    ))
-)
-"""
-_NEEDED = {HISTORY: (_NEEDED_HISTORY, _NEEDED_PAIRS), AUDIT: (_NEEDED_AUDIT,)}
-
 # A scan over years of rows takes as long as it takes; no lock is waited for that long.
 _PATIENCE = """
 SELECT
@@ -213,7 +139,11 @@ SELECT
 """
 _PAUSE = "SELECT pg_sleep(%s)"
 _ASTRAY = SQL("SELECT EXISTS (SELECT FROM {default} WHERE {key} < {horizon})")
-_CREATE = SQL("CREATE TABLE {new} (LIKE {table} INCLUDING DEFAULTS INCLUDING CONSTRAINTS INCLUDING INDEXES)")
+_CREATE = SQL("CREATE TABLE {new} (LIKE {table} INCLUDING DEFAULTS INCLUDING CONSTRAINTS INCLUDING INDEXES) {storage}")
+# As the default partition is stored: by our migrations, or by somebody's own ALTER TABLE.
+_STORAGE = """
+SELECT coalesce('WITH (' || array_to_string(reloptions, ', ') || ')', '') FROM pg_class WHERE oid = %s::regclass
+"""
 # So that attaching it looks at no row.
 _BOUND = SQL("ALTER TABLE {new} ADD CONSTRAINT before_books CHECK ({key} < {horizon})")
 _FILL = SQL("INSERT INTO {new} {rows}")
@@ -284,6 +214,7 @@ def drop_partitions(connection: psycopg.Connection[Any], months: int, *, actor: 
         connection.execute(_PATIENCE, {"lock_timeout": _ms(LOCK_TIMEOUT)})
         astray = [table for table in _KEYS if _is_astray(connection, table, horizon)]
         replaced = [partition.name for partition in found] + [f"{table}_default" for table in astray]
+        _patiently(connection, lambda: _try_readers(connection, replaced))
         _patiently(connection, lambda: _lock(connection, replaced, "SHARE"))
         found = _counted(connection, found)
         kept = {table: _build(connection, table, horizon, astray=table in astray) for table in _KEYS}
@@ -315,13 +246,14 @@ def _build(connection: psycopg.Connection[Any], table: str, horizon: datetime, *
         "new": Identifier(name),
         "key": Identifier(_KEYS[table]),
         "horizon": Literal(horizon),
+        "storage": SQL(one(connection.execute(_STORAGE, (f"{table}_default",)))[0]),
     }
     connection.execute(_CREATE.format(**names))
     connection.execute(_BOUND.format(**names))
     values = {"horizon": Literal(horizon), "next_windows": Literal(NEXT_WINDOWS), "kept": Identifier(name)}
     rows = sum(
         connection.execute(_FILL.format(new=Identifier(name), rows=SQL(needed).format(**values))).rowcount
-        for needed in _NEEDED[table]
+        for needed in NEEDED[table]
     )
     made = [name]
     if astray:
@@ -329,7 +261,7 @@ def _build(connection: psycopg.Connection[Any], table: str, horizon: datetime, *
         younger = SQL("SELECT * FROM {} WHERE {} >= {}").format(
             Identifier(f"{table}_default"), Identifier(_KEYS[table]), Literal(horizon)
         )
-        connection.execute(_CREATE.format(table=Identifier(table), new=Identifier(made[-1])))
+        connection.execute(_CREATE.format(**{**names, "new": Identifier(made[-1])}))
         connection.execute(_FILL.format(new=Identifier(made[-1]), rows=younger))
     if table == AUDIT:
         for new in made:
@@ -373,6 +305,12 @@ def _before(table: str, horizon: datetime) -> str:
 def _lock(connection: psycopg.Connection[Any], names: list[str], mode: str) -> None:
     tables = SQL(", ").join(SQL("ONLY {}").format(Identifier(name)) for name in names)
     connection.execute(SQL("LOCK TABLE {} IN {} MODE").format(tables, SQL(mode)))
+
+
+def _try_readers(connection: psycopg.Connection[Any], replaced: list[str]) -> None:
+    """Take what the exchange will lock, and let go of it: whoever reads for hours is met before the copy, too."""
+    _lock(connection, [*_KEYS, *replaced], "ACCESS EXCLUSIVE")
+    raise psycopg.Rollback
 
 
 def _patiently(connection: psycopg.Connection[Any], step: Callable[[], None]) -> None:

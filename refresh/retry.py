@@ -17,7 +17,7 @@ from psycopg.rows import class_row
 
 from db import one
 from refresh import runs, selection
-from refresh.partitions import GONE, gone_text
+from refresh.partitions import GONE, GONE_AS_OF, gone_text
 from refresh.runs import RefusedError
 from refresh.selection import Chosen
 
@@ -34,7 +34,7 @@ class Retriable:
         users: how many a retry takes up.
         users_elsewhere: how many failed and are in an unfinished batch of another run, which decides over them.
         selection: what the run was opened with; regrids and rollbacks read theirs from it.
-        gone: it is older than the books.
+        gone: it, or the instant it decided as of, is older than the books.
         subject_gone: so is what it took back, or no row is left of the plan that it applied.
     """
 
@@ -62,7 +62,7 @@ class Retriable:
 _RUN = f"""
 SELECT
     r.id AS run_id, r.kind, r.work, r.status, r.dry_run, r.subject_run_id, r.selection, r.force, r.keep_window,
-    r.amount, r.as_of, r.atomic, r.max_users_per_second, s.enabled, s.dry_run AS all_dry, {GONE},
+    r.amount, r.as_of, r.atomic, r.max_users_per_second, s.enabled, s.dry_run AS all_dry, {GONE_AS_OF},
     CASE r.work
         WHEN 'rollback' THEN (SELECT {GONE} FROM credit_refresh_runs AS r WHERE r.id = subject_id)
         WHEN 'apply' THEN NOT EXISTS (

@@ -31,6 +31,8 @@ class Pending:
         lone: it has one user, and may wait for a lock.
         atomic: all of its users or none.
         paced: its run has a pace, so whoever does it waits for its turn before (pacing.py).
+        far_from_end: so many later batches of its run are pending that whoever does it need not look whether the run
+            has ended.
     """
 
     id: int
@@ -40,12 +42,21 @@ class Pending:
     lone: bool
     atomic: bool
     paced: bool
+    far_from_end: bool
 
+
+FAR_MESSAGES = 100
+"""A batch is far from its run's end while the last pending one comes more messages later. Should a worker stand still
+for as long as others take for all of these, upkeep ends the run."""
 
 # One round trip a message. What is done already is not asked again.
 _PENDING = """
 SELECT b.id, b.run_id, r.work, r.dry_run, cardinality(b.user_ids) = 1 AS lone, b.atomic,
-    r.max_users_per_second IS NOT NULL AS paced
+    r.max_users_per_second IS NOT NULL AS paced,
+    b.id + %(far)s < (
+        SELECT p.id FROM credit_refresh_batches AS p WHERE p.run_id = b.run_id AND p.status = 'pending'
+        ORDER BY p.id DESC LIMIT 1
+    ) AS far_from_end
 FROM credit_refresh_batches AS b JOIN credit_refresh_runs AS r ON r.id = b.run_id
 WHERE b.id = ANY (%(ids)s) AND b.status IS NOT DISTINCT FROM 'pending' -- not `=`: see TAKE
 ORDER BY b.id
@@ -55,7 +66,9 @@ ORDER BY b.id
 def pending_batches(connection: psycopg.Connection[Any], batch_ids: list[int]) -> list[Pending]:
     """The batches among `batch_ids` that are still to be done."""
     with connection.cursor(row_factory=class_row(Pending)) as cursor:
-        return cursor.execute(_PENDING, {"ids": batch_ids}, prepare=True).fetchall()
+        # `or ()`: a message that is not ours may carry anything.
+        parameters = {"ids": batch_ids, "far": FAR_MESSAGES * len(batch_ids or ())}
+        return cursor.execute(_PENDING, parameters, prepare=True).fetchall()
 
 
 def do_batch(connection: psycopg.Connection[Any], pending: Pending) -> Outcome | None:

@@ -35,8 +35,10 @@ def batch(batch_ids: list[int]) -> None:
             log.warning(f"{logs.PREFIX} Batches are left for others: CREDIT_REFRESH_ENABLED is false here")
             delivery.unclaim_batches(connection, batch_ids)
             return
-        outcomes = [_do(connection, pending) for pending in pending_batches(connection, batch_ids)]
-        log_finished(totals.finish_runs(connection, {done.run_id for done in outcomes if done}))
+        done = [pending for pending in pending_batches(connection, batch_ids) if _do(connection, pending)]
+        perhaps_ended = {pending.run_id for pending in done if not pending.far_from_end}
+        if perhaps_ended:
+            log_finished(totals.finish_runs(connection, perhaps_ended))
 
 
 def _do(connection: psycopg.Connection[Any], pending: Pending) -> Outcome | None:
@@ -47,6 +49,14 @@ def _do(connection: psycopg.Connection[Any], pending: Pending) -> Outcome | None
     except psycopg.Error as error:
         # Not because of its users, and nothing was changed. Upkeep tries again: after a backoff, or, where the
         # connection is gone and the failure cannot be noted, once the batch counts as lost.
+        if isinstance(error, psycopg.errors.LockNotAvailable) and not (pending.lone or pending.atomic):
+            # A batch of many waits for no user. It was a table, as while retention copies old months: nobody's attempt.
+            log.warning(
+                f"{logs.PREFIX} A batch waits for a locked table: {one_line(error)}; upkeep publishes it again",
+                batch_id=pending.id,
+            )
+            delivery.unclaim_batches(connection, [pending.id])
+            return None
         log.exception(f"{logs.PREFIX} Error refreshing credits", batch_id=pending.id, error=one_line(error))
         if connection.closed:
             raise

@@ -22,12 +22,14 @@ def _run(name: str) -> None:
 
 
 def upgrade() -> None:
+    _run("storage.sql")  # waits for vacuums, and keeps out nobody; the others lock whole tables, and for an instant
     _run("pacing.sql")
     _run("retention.sql")
-    _run("storage.sql")
+    _run("rule.sql")
 
 
 def downgrade() -> None:
+    _run("rule_down.sql")
     _run("storage_down.sql")
     _run("retention_down.sql")
     _run("pacing_down.sql")

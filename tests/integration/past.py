@@ -90,6 +90,11 @@ def two_visits(world: World, *names: str, days: int = 500) -> None:
     world.refresh()
 
 
+def month_of(row: dict[str, Any]) -> str:
+    """The partition of a row of history."""
+    return f"credit_refresh_histories_y{row['window_start']:%Y}m{row['window_start']:%m}"
+
+
 def months(world: World) -> list[str]:
     """The partitions of both ledgers."""
     return [row["name"].removeprefix("credit_") for row in world.rows(_CHILDREN)]

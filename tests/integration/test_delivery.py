@@ -86,6 +86,23 @@ def test_with_messages_in_the_queue_a_batch_is_rung_for_much_later_and_it_is_nob
     assert world.value("SELECT attempts FROM credit_refresh_batches") == 0
 
 
+def test_a_run_is_rung_for_again_as_a_whole_so_that_its_order_tells_who_was_overtaken(world: World) -> None:
+    world.users(4)
+    ids = world.claim(world.scan(batch_size=1))
+    older, younger = ids[:2], ids[2:]
+    published = "UPDATE credit_refresh_batches SET published_at = now() - %s::interval WHERE id = ANY (%s)"
+    world.sql.execute(published, ("11 minutes", older))
+    world.sql.execute(published, ("9 minutes", younger))
+    assert world.claim(ring_again=True) == []
+    # By their first messages, while the others still wait in the queue.
+    world.work(older)
+    world.sql.execute("UPDATE credit_refresh_batches SET finished_at = now() - interval '31 s' WHERE status = 'done'")
+    with world.database.statements() as connection:
+        assert delivery.record_losses(connection, scheduled=False, queue_empty=False) == 0
+    world.sql.execute(published, ("11 minutes", younger))
+    assert world.claim(ring_again=True) == younger
+
+
 def test_a_worker_that_dies_with_a_batch_each_time_makes_it_fail_after_so_many_attempts(world: World) -> None:
     ada = world.user()
     run = world.scan()

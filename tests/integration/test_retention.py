@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import psycopg
 import pytest
+from sqlalchemy.exc import ProgrammingError
 
-from refresh import partitions, retention, runs
+from cli.database import migrate
+from refresh import partitions, retention, retention_drop, runs
 from tests.integration.books import age, spend
 from tests.integration.past import (
     live_for_years,
     make_partitions,
+    month_of,
     months,
     names,
     old_rows,
@@ -19,6 +23,9 @@ from tests.integration.past import (
     survey,
     two_visits,
 )
+from tests.integration.rollbacks import roll_back
+from tests.integration.test_migrations import downgrade
+from tests.integration.test_storage import parameters
 
 if TYPE_CHECKING:
     from tests.integration.world import World
@@ -61,10 +68,12 @@ def test_years_go_and_nobody_misses_them(world: World) -> None:
     gone = rows - world.value("SELECT count(*) FROM credit_refresh_histories")
     assert gone > 400
     assert report.batch_rows == found_before.batch_rows > 20
-    (months_row, rows_row) = retention_rows(world)
+    (months_row, *rows_rows) = retention_rows(world)
     assert months_row["booksSince"] == report.dropped.horizon.isoformat()
     assert months_row["rowsDropped"] == report.dropped.rows > gone
-    assert rows_row["batchRows"] == report.batch_rows
+    assert {key: row[key] for row in rows_rows for key in row if key.endswith("Rows")} == {
+        key: rows for key, rows in (("plannedRows", report.planned_rows), ("batchRows", report.batch_rows)) if rows
+    }
     # Nothing is left to do, no month comes back, and everybody is refreshed as ever.
     assert retain(world).nothing
     before = months(world)
@@ -131,6 +140,63 @@ def test_the_auditor_finds_what_is_wrong_in_the_rest(world: World, fault: str) -
     assert fault in names(world)
 
 
+@pytest.mark.parametrize("days_before_its_end", [60, 365])
+def test_a_window_that_reaches_into_the_books_is_known_though_the_next_one_is_taken_back(
+    world: World, days_before_its_end: int
+) -> None:
+    make_partitions(world)
+    world.sql.execute("UPDATE plans SET interval_days = 365 WHERE code = 'pro'")
+    user = world.user("ada", plan_code="pro", credit_balance=0)
+    world.user("bob")
+    world.refresh()
+    age(world, "430 days")
+    spend(world)
+    run = world.scan()
+    world.work(world.claim(run))
+    first = world.history(user)[0]
+    report = retain(world)
+    assert report.dropped is not None
+    assert first["window_start"] < report.dropped.horizon < first["window_end"]
+    roll_back(world, run, reopen=True, users=["ada"])
+    moved_to = first["window_end"] - timedelta(days=days_before_its_end)
+    world.sql.execute("UPDATE users SET next_refresh_at = %s WHERE id = %s", (moved_to, user))
+    assert world.see(user)["next_refresh_at"] == first["window_end"]
+    world.refresh(as_of=first["window_end"] - timedelta(days=1))
+    world.refresh()
+    live = [row for row in world.history(user) if row["status"] == "refreshed" and row["reversed_by_run_id"] is None]
+    assert [row["window_start"] for row in live] == [first["window_start"], first["window_end"]]
+    assert names(world) == []
+
+
+def test_beats_plan_of_a_window_that_has_not_ended_stays(world: World) -> None:
+    make_partitions(world)
+    world.sql.execute("UPDATE plans SET interval_days = 3650 WHERE code = 'pro'")
+    user = world.user("decade", plan_code="pro")
+    world.user("monthly")
+    world.scheduled(dry_run=True)
+    world.work(world.claim())
+    age(world, "900 days")
+    report = retain(world)
+    assert report.dropped is not None
+    assert [row["user_id"] for row in old_rows(world)] == [user]
+    world.scheduled(dry_run=True)
+    world.work(world.claim())
+    assert [row["status"] for row in world.history(user)] == ["planned"]
+    assert names(world) == ["overdue"] * 2
+
+
+def test_the_books_are_not_forgotten_on_the_way_down(world: World) -> None:
+    two_visits(world, "ada", "left")
+    retain(world)
+    with pytest.raises(ProgrammingError, match="retention has dropped what lies before"):
+        downgrade(world.database, "0003")
+    assert survey(world).books_since is not None
+    assert names(world) == []
+    world.sql.execute("UPDATE settings SET books_since = NULL")
+    downgrade(world.database, "0003")
+    migrate(world.database)
+
+
 @pytest.mark.parametrize("name", ["decade", "left"])
 def test_no_path_grants_again_what_is_gone(world: World, name: str) -> None:
     make_partitions(world)
@@ -182,6 +248,16 @@ def test_a_reader_makes_it_give_up_with_nothing_done(world: World, monkeypatch: 
     assert retain(world).dropped is not None
 
 
+def test_who_reads_for_hours_is_met_before_the_copy(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retention_drop, "PAUSE_SECONDS", 0.01)
+    monkeypatch.delattr(retention_drop, "_build")
+    two_visits(world, "ada")
+    with world.host() as dump:
+        dump.execute(f"LOCK TABLE ONLY {month_of(world.history(1)[0])} IN ACCESS SHARE MODE")
+        with pytest.raises(psycopg.errors.LockNotAvailable):
+            retain(world)
+
+
 def test_batches_go_on_while_the_months_are_read(world: World) -> None:
     """Whoever writes to the months that go waits, and nobody else."""
     two_visits(world, "ada")
@@ -212,7 +288,11 @@ def test_old_rows_in_the_default_partition_go_too(world: World) -> None:
     assert world.value("SELECT count(*) FROM credit_audit_logs_default") == 0
     assert world.value("SELECT count(*) FROM credit_refresh_histories_default") == 0
     assert {row["external_id"] for row in old_rows(world) if row["created_at"] < report.dropped.horizon} == {"left"}
+    stored = parameters(world)
     for name in ("default", f"before_{report.dropped.horizon:y%Ym%m}"):
+        for table in ("credit_audit_logs", "credit_refresh_histories"):
+            assert "autovacuum_freeze_min_age=0" in stored[f"{table}_{name}"]
+            assert stored[f"{table}_{name}"] == stored[f"{table}_{report.dropped.horizon:y%Ym%m}"]
         for table in ("credit_audit_logs", f"credit_audit_logs_{name}"):
             with pytest.raises(psycopg.errors.InsufficientPrivilege):
                 world.sql.execute(f"TRUNCATE {table}")

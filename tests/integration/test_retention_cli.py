@@ -7,10 +7,12 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
+import pytest
+
 import celeryconfig
 from settings import CHECKOUT
 from tests.integration.command import refused
-from tests.integration.past import months, two_visits
+from tests.integration.past import make_partitions, month_of, months, roll_back_later, two_visits
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -98,9 +100,23 @@ retention()
 """
 
 
+_MESSAGE = """
+import sys
+import logs
+from tasks.batch import batch
+logs.configure("INFO", "json")
+batch([int(id_) for id_ in sys.argv[1:]])
+"""
+
+
 def night(cli: Cli, tmp_path: Path) -> list[dict[str, object]]:
+    return python(cli, tmp_path, _NIGHT)
+
+
+def python(cli: Cli, tmp_path: Path, script: str, *arguments: str) -> list[dict[str, object]]:
+    """What a worker does, and logs."""
     done = subprocess.run(
-        [sys.executable, "-c", _NIGHT], check=True, capture_output=True, text=True, cwd=CHECKOUT,
+        [sys.executable, "-c", script, *arguments], check=True, capture_output=True, text=True, cwd=CHECKOUT,
         env={**cli.environment, "CREDITS_STATE_DIR": str(tmp_path), "CREDIT_REFRESH_RETENTION_MONTHS": "13"},
     )  # fmt: skip
     return [json.loads(line) for line in done.stderr.splitlines()]
@@ -124,6 +140,35 @@ def test_the_nightly_task_waits_for_whoever_reads_and_drops_in_another_night(
     assert (
         world.value("SELECT min(actor) || max(actor) FROM credit_audit_logs WHERE action = 'retention'") == "beatbeat"
     )
+
+
+@pytest.mark.parametrize("work", ["refresh", "rollback"])
+def test_a_batch_waits_for_the_copy_of_a_month_and_it_is_nobodys_attempt(
+    world: World, cli: Cli, tmp_path: Path, work: str
+) -> None:
+    if work == "refresh":
+        make_partitions(world)
+        world.sql.execute("UPDATE plans SET interval_days = 1000 WHERE code = 'pro'")
+        slow = world.user("slow", plan_code="pro", due_in="-500 days")
+        world.users(3)
+        old = {"window_start": world.see(slow)["next_refresh_at"]}
+        run = world.scan()
+    else:
+        two_visits(world, "ada", "bob")
+        old = world.history(1)[0]
+        run = roll_back_later(world, old["run_id"])
+    ids = world.claim(run)
+    with world.host() as retention:
+        retention.execute(f"LOCK TABLE ONLY {month_of(old)} IN SHARE MODE")
+        (line,) = python(cli, tmp_path, _MESSAGE, *map(str, ids))
+        assert line["level"] == "warning"
+        assert "A batch waits for a locked table" in str(line["event"])
+        assert world.row("SELECT attempts, published_at, error FROM credit_refresh_batches WHERE id = %s", *ids) == {
+            "attempts": 0, "published_at": None, "error": None,
+        }  # fmt: skip
+    assert world.claim() == ids
+    world.work(ids)
+    assert world.progress(run).status == "succeeded"
 
 
 def test_beat_asks_for_it_every_night_before_the_audit() -> None:

@@ -9,6 +9,7 @@ import psycopg
 import pytest
 
 from refresh import apply, retention, retry, rollback, runs
+from refresh.cancel import cancel_run
 from tests.integration import applying
 from tests.integration.books import age
 from tests.integration.past import (
@@ -108,14 +109,57 @@ def test_stopped_between_two_pieces_it_goes_on(world: World, monkeypatch: pytest
         retention.carry_out(connection, KEPT, actor="test", on_rows=stop)
     assert survey(world).partitions == []
     left = survey(world)
-    assert (left.planned_rows, left.batch_rows) == (0, 5)
+    assert (left.planned_rows, left.batch_rows) == (0, 4)
+    assert recorded(world) == [2]
     assert names(world) == ["overdue"] * 5
     report = retain(world)
-    assert report.batch_rows == 5
+    assert report.batch_rows == 4
+    assert recorded(world) == [2, 2, 2]
     assert retain(world).nothing
     assert world.value("SELECT count(*) FROM credit_refresh_batches") == 0
     with world.database.transaction() as connection, pytest.raises(runs.RefusedError, match="older than the books"):
         apply.require_appliable(apply.read_dry_run(connection, planned))
+
+
+def recorded(world: World) -> list[int]:
+    """Batch rows that the audit log says were deleted."""
+    rows = world.rows(
+        "SELECT (detail ->> 'batchRows')::integer AS batch_rows FROM credit_audit_logs WHERE detail ? 'batchRows'"
+        " ORDER BY id"
+    )
+    return [row["batch_rows"] for row in rows]
+
+
+def test_planned_rows_that_go_with_the_months_are_counted_once(world: World) -> None:
+    make_partitions(world, years=2)
+    world.users(5)
+    applying.plan(world)
+    world.refresh()
+    age(world, "300 days")
+    applying.plan(world)
+    age(world, "200 days")
+    seen = survey(world)
+    assert sum(part.rows for part in seen.partitions if "histories" in part.name) == 10
+    assert (seen.planned_rows, seen.planned_runs) == (5, 1)
+    assert retain(world).planned_rows == 5
+
+
+def test_what_was_decided_as_of_before_the_books_is_refused_in_one_line(world: World) -> None:
+    two_visits(world, "ada")
+    world.users(2, due_in="-700 days")
+    as_of = world.value("SELECT now() - interval '600 days'")
+    planned = applying.plan(world, as_of=as_of)
+    forced = world.scan(as_of=as_of, force=True)
+    with world.database.transaction() as connection:
+        cancel_run(connection, forced.run_id, actor="test", reason="test")
+    retain(world)
+    with pytest.raises(runs.RefusedError, match="the instant it decided as of, is older than the books"):
+        applying.opened(world, planned)
+    with (
+        pytest.raises(runs.RefusedError, match="the instant it decided as of, is older than the books"),
+        world.database.transaction() as connection,
+    ):
+        retry.open_retry(connection, forced.run_id, runs.Request("cli", "test", 100))
 
 
 def test_planned_rows_go_in_time_without_any_months(world: World) -> None:

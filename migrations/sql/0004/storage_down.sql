@@ -1,3 +1,4 @@
+-- Back to the server's defaults, and with them what a host has set for these parameters itself.
 DO $$
 DECLARE
     part regclass;
