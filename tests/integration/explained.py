@@ -6,9 +6,11 @@ import re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
+from unittest.mock import patch
 
 import psycopg
 
+from refresh import closing
 from tests.integration.test_history import nodes
 
 if TYPE_CHECKING:
@@ -21,10 +23,20 @@ Mode = Literal["force_custom_plan", "force_generic_plan"]
 class _Recording(psycopg.Cursor[Any]):
     """Prepares every statement, and remembers it with its values."""
 
-    asked: list[tuple[str, dict[str, Any]]]
+    asked: list[tuple[str, Any]]
 
     def execute(self, query: Any, params: Any = None, **_: Any) -> _Recording:
         self.asked.append((query, params or {}))
+        return super().execute(query, params, prepare=True)
+
+
+class _RecordingRaw(psycopg.RawCursor[Any]):
+    """The same for statements that are numbered already (closing.py)."""
+
+    asked: list[tuple[str, Any]]
+
+    def execute(self, query: Any, params: Any = None, **_: Any) -> _RecordingRaw:
+        self.asked.append((query, params))
         return super().execute(query, params, prepare=True)
 
 
@@ -89,15 +101,16 @@ class Explainer:
         return found
 
     def _record(self, call: Callable[[psycopg.Connection[Any]], object]) -> list[tuple[str, str, list[Any]]]:
-        asked: list[tuple[str, dict[str, Any]]] = []
+        asked: list[tuple[str, Any]] = []
         self._caller.cursor_factory = type("Recorder", (_Recording,), {"asked": asked})
-        with self._caller.transaction(force_rollback=True):
+        raw = type("RawRecorder", (_RecordingRaw,), {"asked": asked})
+        with patch.object(closing, "RawCursor", raw), self._caller.transaction(force_rollback=True):
             call(self._caller)
             prepared = "SELECT statement, parameter_types::text[] FROM pg_prepared_statements"
             types = dict(psycopg.Cursor(self._caller).execute(prepared).fetchall())
         recorded = []
         for query, values in asked:
-            text, names = numbered(query)
+            text, names = numbered(query) if isinstance(values, dict) else (query, range(len(values)))
             recorded.append((query, self._prepare(text, types[text]), [values[name] for name in names]))
         return recorded
 
