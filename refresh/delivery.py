@@ -108,7 +108,8 @@ def claim_batches(connection: psycopg.Connection[Any], claim: Claim) -> list[int
 _UNCLAIM = """
 UPDATE credit_refresh_batches AS b SET published_at = NULL
 FROM (
-    SELECT id FROM credit_refresh_batches WHERE id = ANY (%(ids)s) AND status = 'pending'
+    SELECT id FROM credit_refresh_batches
+    WHERE id = ANY (%(ids)s) AND status IS NOT DISTINCT FROM 'pending' -- not `=`: see TAKE (batch.py)
     FOR NO KEY UPDATE SKIP LOCKED -- a worker that has one got its message after all
 ) AS unsent
 WHERE b.id = unsent.id
@@ -127,7 +128,8 @@ UPDATE credit_refresh_batches AS b SET
     next_attempt_at = now()
         + make_interval(secs => least(%(backoff_max)s, %(backoff)s * 2 ^ least(b.attempts, 20)))
 FROM (
-    SELECT id FROM credit_refresh_batches WHERE id = %(batch_id)s AND status = 'pending'
+    SELECT id FROM credit_refresh_batches
+    WHERE id = %(batch_id)s AND status IS NOT DISTINCT FROM 'pending' -- the same
     FOR NO KEY UPDATE SKIP LOCKED -- whoever has it now decides what becomes of it
 ) AS tried
 WHERE b.id = tried.id

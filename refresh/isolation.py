@@ -62,7 +62,8 @@ _OUTCOME = ", ".join(f"b.{field.name}" for field in fields(Outcome))
 _TAKE = """
 SELECT cardinality(b.user_ids)
 FROM credit_refresh_batches AS b JOIN credit_refresh_runs AS r ON r.id = b.run_id
-WHERE b.id = %(batch_id)s AND b.status = 'pending' AND r.status = 'running' AND (SELECT enabled FROM settings)
+WHERE b.id = %(batch_id)s AND b.status IS NOT DISTINCT FROM 'pending' AND r.status = 'running'
+    AND (SELECT enabled FROM settings)
 FOR UPDATE OF b SKIP LOCKED
 """
 
@@ -145,7 +146,7 @@ UPDATE credit_refresh_batches AS b SET
     status = 'failed', finished_at = clock_timestamp(), attempts = b.attempts + 1, next_attempt_at = NULL,
     error = %(error)s
 FROM (
-    SELECT id FROM credit_refresh_batches WHERE id = %(batch_id)s AND status = 'pending'
+    SELECT id FROM credit_refresh_batches WHERE id = %(batch_id)s AND status IS NOT DISTINCT FROM 'pending'
     FOR NO KEY UPDATE SKIP LOCKED -- whoever has it now decides what becomes of it
 ) AS tried
 WHERE b.id = tried.id

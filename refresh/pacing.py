@@ -42,7 +42,7 @@ UPDATE credit_refresh_runs AS r SET
         greatest(r.paced_until, clock_timestamp()), clock_timestamp() + make_interval(secs => %(ahead_seconds_max)s)
     )
 FROM credit_refresh_batches AS b
-WHERE b.id = %(batch_id)s AND b.status = 'pending' AND r.id = b.run_id AND r.status = 'running'
+WHERE b.id = %(batch_id)s AND b.status IS NOT DISTINCT FROM 'pending' AND r.id = b.run_id AND r.status = 'running'
     AND r.max_users_per_second IS NOT NULL AND (SELECT enabled FROM settings)
 RETURNING
     greatest(0, extract(epoch FROM r.paced_until - clock_timestamp())::double precision - {_SECONDS}),

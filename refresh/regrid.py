@@ -111,7 +111,8 @@ WITH batch AS MATERIALIZED (
         (r.selection ->> 'leavesExternal')::boolean AS leaves_external
     FROM credit_refresh_batches AS b
     JOIN credit_refresh_runs AS r ON r.id = b.run_id
-    WHERE b.id = %(batch_id)s AND b.status = 'pending' AND r.status = 'running' AND r.work = 'regrid'
+    WHERE b.id = %(batch_id)s AND b.status IS NOT DISTINCT FROM 'pending' AND r.status = 'running'
+        AND r.work = 'regrid'
         AND (SELECT enabled FROM settings)
     FOR UPDATE OF b SKIP LOCKED
 ),

@@ -29,7 +29,8 @@ WITH batch AS MATERIALIZED (
     SELECT b.id, b.user_ids
     FROM credit_refresh_batches AS b
     JOIN credit_refresh_runs AS r ON r.id = b.run_id
-    WHERE b.id = %(batch_id)s AND b.status = 'pending' AND r.status = 'running' AND r.work = 'rollback'
+    WHERE b.id = %(batch_id)s AND b.status IS NOT DISTINCT FROM 'pending' AND r.status = 'running'
+        AND r.work = 'rollback'
         AND r.dry_run = {dry_run} AND (SELECT enabled FROM settings)
     FOR UPDATE OF b SKIP LOCKED
 ),
