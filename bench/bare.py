@@ -22,9 +22,12 @@ if TYPE_CHECKING:
     from multiprocessing.synchronize import Barrier
     from uuid import UUID
 
+    from refresh.selection import Selection
+
 CONNECTIONS = 2
 BATCH_SIZE = 100
 PATIENCE_SECONDS = 1_800.0
+_BATCHES = "SELECT id FROM credit_refresh_batches WHERE run_id = %s ORDER BY id"
 LEANEST = (Path(__file__).parent / "leanest.sql").read_text()
 # A database that is measured again has earlier runs.
 _PENDING = "SELECT id FROM credit_refresh_batches WHERE status = 'pending' ORDER BY id"
@@ -38,6 +41,19 @@ def open_due(database: Database) -> list[int]:
         raise SystemExit(run.text)
     with database.statements() as connection:
         return [id_ for (id_,) in connection.execute(_PENDING).fetchall()]
+
+
+def refresh_alone(database: Database, request: runs.Request, asked: Selection | None = None) -> runs.Opened:
+    """Open a run and do all of its batches on one connection; for what is measured around that."""
+    with database.transaction(lock_timeout=runs.OPENING_LOCK_TIMEOUT) as connection:
+        run = runs.open_run(connection, request, asked)
+    if not isinstance(run, runs.Opened):
+        raise SystemExit(run.text)
+    with database.statements() as connection:
+        for (batch_id,) in connection.execute(_BATCHES, (run.run_id,)).fetchall():
+            close_batch(connection, batch_id, GRANT_MANY)
+        totals.finish_runs(connection, [run.run_id])
+    return run
 
 
 def refresh_bare(url: str, *, statement: str = GRANT_MANY, change: str = "SELECT 1") -> float:

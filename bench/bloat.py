@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 import click
 import psycopg
 
+from bench.bare import refresh_alone
 from bench.report import benchmark
 from bench.worlds import Worlds, libpq_url
 from cli.output import err
 from db import Database, one
-from refresh import runs, totals
-from refresh.batch import GRANT_MANY
-from refresh.closing import close_batch
+from refresh import runs
 from refresh.selection import Selection
 
 if TYPE_CHECKING:
@@ -52,7 +51,6 @@ SELECT
     pg_relation_size('credit_refresh_batches') AS batches_bytes,
     (SELECT autovacuum_count FROM pg_stat_user_tables WHERE relid = 'users'::regclass) AS vacuums
 """
-_BATCHES = "SELECT id FROM credit_refresh_batches WHERE run_id = %s ORDER BY id"
 # Each user has a grant and an audit row of each round, and stands where the last one left them.
 _WRONG = """
 SELECT
@@ -82,14 +80,7 @@ class _World:
     def refresh(self) -> None:
         """One round by force, which moves each date on as a due grant does, with no statement of ours in between."""
         started = time.perf_counter()
-        with self._database.transaction(lock_timeout=runs.OPENING_LOCK_TIMEOUT) as connection:
-            run = runs.open_run(connection, runs.Request("cli", "bench", 100, force=True), Selection())
-        if not isinstance(run, runs.Opened):
-            raise SystemExit(run.text)
-        with self._database.statements() as connection:
-            for (batch_id,) in connection.execute(_BATCHES, (run.run_id,)).fetchall():
-                close_batch(connection, batch_id, GRANT_MANY)
-            totals.finish_runs(connection, [run.run_id])
+        refresh_alone(self._database, runs.Request("cli", "bench", 100, force=True), Selection())
         self.seconds.append(time.perf_counter() - started)
 
     def note(self) -> None:

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
+from bench.bare import refresh_alone
 from bench.report import benchmark
 from bench.worlds import Worlds, mark, verify
 from cli.output import err
 from db import Database, one
-from refresh import runs, totals
-from refresh.batch import GRANT_MANY
-from refresh.closing import close_batch
+from refresh import runs
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -29,7 +28,6 @@ SMALL = 10_000
 # refreshed one by one, each as of its end: no date is set back, which would leave dead entries that production has not.
 _DUE = f"now() + make_interval(secs => ({{n}}::bigint * 7919) % 2592000 - {(HOURS + 1) * 3600})"
 _BEFORE_FIRST = "SELECT min(next_refresh_at) - interval '1 second' FROM users"
-_BATCHES = "SELECT id FROM credit_refresh_batches WHERE run_id = %s ORDER BY id"
 _WAKE_INDEX = "SELECT pg_relation_size('ix_users_wake_at') / 1024"
 
 
@@ -86,14 +84,7 @@ class _Table:
         """Refresh those who fall due in the next hour; returns how many, every row of them verified."""
         self._hour += timedelta(hours=1)
         since = mark(self._url)
-        with self._database.transaction(lock_timeout=runs.OPENING_LOCK_TIMEOUT) as connection:
-            run = runs.open_run(connection, runs.Request("cli", "bench", 100, as_of=self._hour))
-        if not isinstance(run, runs.Opened):
-            raise SystemExit(run.text)
-        with self._database.statements() as connection:
-            for (batch_id,) in connection.execute(_BATCHES, (run.run_id,)).fetchall():
-                close_batch(connection, batch_id, GRANT_MANY)
-            totals.finish_runs(connection, [run.run_id])
+        run = refresh_alone(self._database, runs.Request("cli", "bench", 100, as_of=self._hour))
         verify(self._url, run.users_selected, since=since)
         return run.users_selected
 

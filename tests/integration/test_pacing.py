@@ -1,4 +1,4 @@
-"""Pacing: turns that nobody gets early, runs cut into small batches, and what is lost of them found without a wait."""
+"""Pacing: turns that nobody gets early, and runs cut into small batches. Losses: test_losses.py."""
 
 from __future__ import annotations
 
@@ -31,10 +31,6 @@ if TYPE_CHECKING:
     from tests.integration.command import Cli
     from tests.integration.world import World
 
-ENDED = "UPDATE credit_refresh_batches SET finished_at = finished_at - interval '31 seconds' WHERE status = 'done'"
-STALLED = "UPDATE credit_refresh_runs SET paced_until = now() - interval '31 seconds'"
-EARLIER = "UPDATE credit_refresh_batches SET published_at = published_at - interval '31 seconds'"
-
 
 @pytest.fixture
 def broker(servers: embedded.Servers) -> Iterator[None]:
@@ -54,13 +50,6 @@ def paced(world: World, users: int, pace: int, **request: Any) -> tuple[runs.Ope
 def waits(world: World, *batch_ids: int) -> list[float | None]:
     with world.database.statements() as connection:
         return [take_turn(connection, batch_id) for batch_id in batch_ids]
-
-
-def lost(world: World, *, scheduled: bool = False, queue_empty: bool = False) -> list[int]:
-    """What upkeep counts as lost; it is claimed at once, as it does."""
-    with world.database.statements() as connection:
-        delivery.record_losses(connection, scheduled=scheduled, queue_empty=queue_empty)
-    return world.claim()
 
 
 def attempts(world: World) -> list[int]:
@@ -220,114 +209,6 @@ def test_a_queue_has_room_for_so_many_messages_whoever_publishes(world: World, m
     assert messages_waiting(QueueNames.BULK) == 5
     quick = "SELECT published_at IS NOT NULL AS it FROM credit_refresh_batches WHERE user_ids = ARRAY[21::bigint]"
     assert world.value(quick)
-
-
-# --- losses -----------------------------------------------------------------------------------------------------------
-
-
-def test_what_others_have_overtaken_is_lost_though_the_queue_is_long(world: World) -> None:
-    _, ids = paced(world, 6, 10)
-    world.work([ids[1], ids[3]])
-    assert lost(world) == []  # a moment ago: the others may be in workers' hands
-    world.sql.execute(ENDED)
-    assert lost(world) == [ids[0], ids[2]]
-    assert attempts(world) == [1, 0, 1, 0, 0, 0]
-    # Published anew, they are behind the others.
-    assert lost(world) == []
-    world.work(ids)
-    assert attempts(world) == [1, 0, 1, 0, 0, 0]
-
-
-def test_the_same_holds_without_a_pace(world: World) -> None:
-    world.users(3)
-    run = world.scan(batch_size=1)
-    ids = world.claim(run)
-    world.work([ids[2]])
-    world.sql.execute(ENDED)
-    assert lost(world, scheduled=True) == []  # another queue
-    assert lost(world) == ids[:2]
-
-
-def test_who_was_published_later_is_not_overtaken(world: World) -> None:
-    _, ids = paced(world, 3, 10)
-    world.sql.execute("UPDATE credit_refresh_batches SET published_at = now() + interval '1 ms' WHERE id = %s", ids[:1])
-    world.work(ids[1:])
-    world.sql.execute(ENDED)
-    assert lost(world) == []
-
-
-def test_a_batch_that_was_lost_and_is_done_says_nothing_of_the_queue(world: World) -> None:
-    """Its old message may have been the one that was worked off, from far ahead of its new one."""
-    _, ids = paced(world, 5, 10)
-    world.work([ids[1]])
-    world.sql.execute(ENDED)
-    assert lost(world) == [ids[0]]
-    world.work([ids[0]])
-    world.sql.execute(ENDED)
-    assert lost(world) == []
-    assert attempts(world) == [1, 0, 0, 0, 0]
-
-
-def test_a_batch_in_a_workers_hands_is_not_lost_though_others_overtake(world: World) -> None:
-    _, ids = paced(world, 2, 10)
-    world.work(ids[1:])
-    world.sql.execute(ENDED)
-    with world.host() as worker:
-        worker.execute("SELECT FROM credit_refresh_batches WHERE id = %s FOR UPDATE", ids[:1])
-        assert lost(world) == []
-    assert lost(world) == ids[:1]
-
-
-def test_who_waits_his_turn_is_not_lost(world: World) -> None:
-    """The queue is empty, published was long ago, and the last batches lie with the workers."""
-    _, ids = paced(world, 3, 10)
-    world.sql.execute(EARLIER)
-    waits(world, ids[0])
-    assert lost(world, queue_empty=True) == []
-    world.sql.execute(STALLED)
-    assert lost(world, queue_empty=True) == ids
-    assert attempts(world) == [1, 1, 1]
-
-
-def test_before_the_first_turn_the_usual_time_holds(world: World) -> None:
-    _, ids = paced(world, 2, 10)
-    assert lost(world, queue_empty=True) == []
-    world.sql.execute(EARLIER)
-    assert lost(world, queue_empty=True) == ids
-
-
-def test_what_is_unpublished_is_not_lost(world: World) -> None:
-    world.users(2)
-    world.scan(max_users_per_second=10)
-    world.sql.execute(STALLED)
-    with world.database.statements() as connection:
-        assert delivery.record_losses(connection, scheduled=False) == 0
-
-
-def test_others_wait_with_the_workers_that_wait(world: World) -> None:
-    """A worker has fetched messages of both queues; while it waits for its turn in one run, the other's wait too."""
-    world.users(1)
-    ids = world.claim(world.scan())
-    world.user("slow")
-    world.scan(max_users_per_second=1)
-    world.sql.execute(EARLIER)
-    world.sql.execute("UPDATE credit_refresh_runs SET paced_until = now() + '10 s' WHERE max_users_per_second = 1")
-    with world.database.statements() as connection:
-        assert delivery.record_losses(connection, scheduled=False) == 0
-    world.sql.execute("UPDATE credit_refresh_runs SET paced_until = now() WHERE max_users_per_second = 1")
-    with world.database.statements() as connection:
-        assert delivery.record_losses(connection, scheduled=False) == 1
-    assert world.value("SELECT attempts FROM credit_refresh_batches WHERE id = %s", *ids) == 1
-
-
-def test_a_paced_run_is_not_rung_for_again_while_its_turns_are_taken(world: World) -> None:
-    _, ids = paced(world, 3, 10)
-    world.sql.execute("UPDATE credit_refresh_batches SET published_at = now() - interval '11 minutes'")
-    waits(world, ids[0])
-    assert world.claim(ring_again=True) == []
-    world.sql.execute("UPDATE credit_refresh_runs SET paced_until = now() - interval '11 minutes'")
-    assert world.claim(ring_again=True) == ids
-    assert attempts(world) == [0, 0, 0]
 
 
 # --- who asks, and what is inherited ----------------------------------------------------------------------------------
