@@ -87,11 +87,14 @@ def open_timed(database: Database, as_of: datetime | None = None) -> tuple[runs.
 
 def scan(url: str, as_of: datetime | None = None) -> Scanned:
     """Open a run and publish it to the broker of `use_broker()`."""
-    database = Database(url, "credits")
-    run, opening_seconds = open_timed(database, as_of)
-    started = time.perf_counter()
-    publish_batches(database, max_attempts=5, run_id=run.run_id)
-    return Scanned(run.run_id, opening_seconds, time.perf_counter() - started)
+    database = Database(url, "credits", pooled=True)  # as a worker has it
+    try:
+        run, opening_seconds = open_timed(database, as_of)
+        started = time.perf_counter()
+        publish_batches(database, max_attempts=5, run_id=run.run_id)
+        return Scanned(run.run_id, opening_seconds, time.perf_counter() - started)
+    finally:
+        database.close()
 
 
 def _until_ready(supervisor: Supervisor) -> None:
