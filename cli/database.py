@@ -11,9 +11,11 @@ from alembic import command
 from alembic.config import Config
 from alembic.util import CommandError
 
+import settings
 from cli.output import answer, json_option
 from cli.session import actor, session
 from db import ALEMBIC_INI, Database, DatabaseError
+from refresh import grants as rights
 from refresh.switch import TRIGGER_LOCK_TIMEOUT, turn_trigger
 
 if TYPE_CHECKING:
@@ -89,3 +91,58 @@ def triggers(*, state: str, as_json: bool) -> None:
     said = "A spend now refreshes whoever is due first" if on else "A spend refreshes nobody"
     text = f"{said}." if changed else f"The trigger was {state} already."
     answer(text, {"triggers": on, "changed": changed}, as_json=as_json)
+
+
+_HEADINGS = {
+    "host": "reads users, plans, history and runs; adds users, spends, holds; calls the refresh functions",
+    "worker": "runs workers, beat, and the commands about runs and holds",
+    "read": "reads everything, changes nothing",
+}
+
+
+@db.command()
+@click.option("--host", "hosts", multiple=True, metavar="ROLE", help="Your app's: it reads, adds users, spends, holds.")
+@click.option("--worker", "workers", multiple=True, metavar="ROLE", help="Of workers and beat.")
+@click.option("--read", "readers", multiple=True, metavar="ROLE", help="Of support and reports: it reads everything.")
+@json_option
+def grants(*, hosts: tuple[str, ...], workers: tuple[str, ...], readers: tuple[str, ...], as_json: bool) -> None:
+    """Print the SQL that gives roles what they need in our schema, and no more. Nothing is asked or changed.
+
+    Have it run by whoever owns the tables: the role that ran `credits db upgrade`. It is one transaction, takes away
+    what the roles had in the schema before, and can be repeated; repeat it after an upgrade. The roles must exist, and
+    must neither own the tables nor be superusers: CREATE ROLE app LOGIN PASSWORD '...'.
+
+    A host's role cannot touch history, audit rows, runs, batches, plans or settings: what its inserts, spends and
+    holds leave there is written by our triggers. Workers make the partitions of the months to come. `db upgrade`,
+    `db triggers`, `plans set`, `users import`, `pause`, `resume` and dropping months (`credits retention --months`) are
+    the owner's.
+
+    \b
+    With --json: statements (each with role, kind, sql), in their order; kind is null where it is everybody's.
+
+    \b
+    Examples:
+      credits db grants --host app --worker credits_worker --read support | psql "$OWNERS_DATABASE_URL"
+      credits db grants --host app --json
+    """  # noqa: D301 - \b is Click's mark for a block that is not to be wrapped
+    asked: list[tuple[rights.Kind, str]] = [
+        *(("host", role) for role in hosts),
+        *(("worker", role) for role in workers),
+        *(("read", role) for role in readers),
+    ]
+    if not asked:
+        raise click.UsageError("name a role: --host ROLE, --worker ROLE or --read ROLE")
+    made = rights.grants(settings.load().database_schema, asked)
+    if as_json:
+        facts = [
+            {"role": part.role, "kind": part.kind, "sql": statement} for part in made for statement in part.statements
+        ]
+        answer("", {"statements": facts}, as_json=True)
+        return
+    click.echo("BEGIN;")
+    for part in made:
+        if part.kind is not None:
+            click.echo(f"-- {part.kind}: {_HEADINGS[part.kind]}")
+        for statement in part.statements:
+            click.echo(f"{statement};")
+    click.echo("COMMIT;")

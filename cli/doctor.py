@@ -107,7 +107,7 @@ class _Examination:
 
     def _ask_celery(self) -> None:
         if self._opened is None:
-            for name in ("broker", "queues", "workers", "beat"):
+            for name in ("broker", "queues", "dead letters", "workers", "beat"):
                 self._ask(name, _settings, after="servers")
             return
         # With settings that are wrong, importing the Celery app ends the process.
@@ -116,6 +116,7 @@ class _Examination:
         folders = (self.settings.credits_state_dir, self.settings.credits_state_dir / INSTANCE)
         self._ask("broker", partial(celery.broker, self.settings.broker_url))
         self._ask("queues", celery.queues, after="broker")
+        self._ask("dead letters", celery.dead_letters, after="broker")
         self._ask("workers", partial(celery.workers, folders), after="broker")
         on_time = self._checks["scheduled run"].state == "ok"
         self._ask("beat", partial(celery.beat, folders, on_time=on_time))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from celeryconfig import QueueNames
 from cli.words import counted
 from refresh.doctor import Finding
+from tasks import dead_letters as refused
 from tasks.app import app, check_broker, heartbeat_path, use_broker
 from tasks.publish import messages_waiting
 
@@ -38,6 +39,18 @@ def queues() -> Finding:
     if waiting[QueueNames.CONTROL] > CONTROL_WAITING_MAX:
         return Finding("wrong", said, f"no worker takes from {QueueNames.CONTROL}; {_START}")
     return Finding("ok", said)
+
+
+def dead_letters() -> Finding:
+    """How many messages were refused and are kept."""
+    waiting = refused.waiting()
+    if not waiting:
+        return Finding("ok", "no message was refused")
+    return Finding(
+        "wrong",
+        f"{counted(waiting, 'message')} refused, as none of ours",
+        "`credits dead-letters` shows who sent what where; stop that, then `credits dead-letters --drop`",
+    )
 
 
 def workers(folders: Iterable[Path]) -> Finding:

@@ -17,6 +17,7 @@ _COMMANDS = {
     "bulk-refresh": ("cli.bulk", "Refresh a plan, a file of users, or all who are due."),
     "completion": ("cli.completion", "Print the script that makes a shell complete commands."),
     "db": ("cli.database", "Prepare the database and check it."),
+    "dead-letters": ("cli.dead_letters", "Show the messages that the workers have refused."),
     "demo": ("cli.demo", "Refresh sample users by real servers, workers and beat."),
     "doctor": ("cli.doctor", "Look at everything that the service needs; say what to do."),
     "forecast": ("cli.forecast", "Show the refreshes and credits of the days ahead, by plan."),
@@ -87,6 +88,8 @@ def _line(error: Exception) -> click.ClickException | None:
         return _Refused(str(error))
     if isinstance(error, SettingsError | DatabaseError | EmbeddedError):
         return _Failed(str(error))
+    if isinstance(error, UnicodeEncodeError):  # as an argument that is no UTF-8 fails on its way to the database
+        return _Refused("a value is no text: it has bytes that are not UTF-8")
     if isinstance(error, psycopg.errors.LockNotAvailable):
         return _Failed(f"{one_line(error)}: another session holds the lock; try again")
     if isinstance(error, psycopg.Error | DBAPIError):
@@ -94,11 +97,18 @@ def _line(error: Exception) -> click.ClickException | None:
     return None
 
 
-class _Failed(click.ClickException):
+class _Line(click.ClickException):
+    """One line, whatever somebody has typed that it repeats: nothing in it moves the cursor or colours the terminal."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
+
+
+class _Failed(_Line):
     exit_code = ERROR
 
 
-class _Refused(click.ClickException):
+class _Refused(_Line):
     exit_code = REFUSED
 
 
@@ -110,5 +120,5 @@ def main() -> None:
     Settings come from the environment. Without DATABASE_URL and REDIS_URL, commands use embedded servers, which live
     in .state; `credits up` keeps them running.
 
-    Exit codes: 0 done, 1 error, 2 usage or refused, 3 finished with failed users.
+    Exit codes: 0 done, 1 error, 2 usage or refused, 3 finished with failed users or with findings.
     """

@@ -8,15 +8,13 @@ import click
 
 from cli.main import FINISHED_WITH_FAILURES
 from cli.output import answer, err, json_option, out, table
-from cli.scan import summary, wait_for_run
+from cli.publishing import publish, require_broker, summary, wait_for_run
 from cli.session import Session, actor, session
 from cli.types import WallTime
 from cli.words import confirm, counted, window_rows, yes_option
 from refresh import plans as domain
 from refresh import runs, totals
 from refresh.runs import RefusedError
-from tasks.app import check_broker, use_broker
-from tasks.publish import publish_batches
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -166,15 +164,13 @@ def _draft(opened: Session, code: str, values: dict[str, Any]) -> domain.Draft:
 def _check_can_move(opened: Session) -> None:
     if not opened.settings.credit_refresh_enabled:
         raise RefusedError("CREDIT_REFRESH_ENABLED is false, and the change would open a run that moves users")
-    use_broker(opened.settings.broker_url)
-    check_broker()
+    require_broker(opened)
 
 
 def _move(opened: Session, run: runs.Opened | None, *, wait: bool) -> totals.Progress | None:
     if run is None:
         return None
-    use_broker(opened.settings.broker_url)
-    publish_batches(opened.database, max_attempts=opened.settings.credit_refresh_max_attempts, run_id=run.run_id)
+    publish(opened, run.run_id)
     return wait_for_run(opened, run.run_id, "Moving") if wait else None
 
 

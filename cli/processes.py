@@ -48,7 +48,13 @@ class Service:
         """Flower on loopback, for looking only. The password goes by the environment: arguments show in `ps`."""
         self._environment["FLOWER_BASIC_AUTH"] = credentials
         self._start(
-            "flower", "flower", "--address=127.0.0.1", f"--port={port}", "--read-only", "--purge-offline-workers=10"
+            "flower",
+            "flower",
+            "--address=127.0.0.1",
+            f"--port={port}",
+            "--read-only",
+            "--purge-offline-workers=10",
+            "--max-tasks=10000",
         )
 
     def _start(self, name: str, *arguments: str) -> None:

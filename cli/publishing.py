@@ -10,8 +10,6 @@ from cli.main import FINISHED_WITH_FAILURES
 from cli.output import answer, err, progress
 from refresh import runs, totals
 from refresh.run_list import RunLine, read_line
-from tasks.app import check_broker, use_broker
-from tasks.publish import publish_batches
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -26,8 +24,10 @@ __all__ = [
     "carry_out",
     "key_option",
     "prepare_broker",
+    "publish",
     "reason_option",
     "refuse",
+    "require_broker",
     "summary",
     "wait_for_run",
 ]
@@ -46,8 +46,29 @@ def prepare_broker(opened: Session) -> None:
     """
     if not opened.settings.credit_refresh_enabled:
         raise refuse(runs.NotOpened("disabled"))
+    require_broker(opened)
+
+
+def require_broker(opened: Session) -> None:
+    """See that the broker answers.
+
+    Raises:
+        DatabaseError: it does not.
+    """
+    # Celery takes half a second to import: `credits runs list` and a --help have no use for it.
+    from tasks.app import check_broker, use_broker  # noqa: PLC0415
+
     use_broker(opened.settings.broker_url)
     check_broker()
+
+
+def publish(opened: Session, run_id: UUID) -> int:
+    """Publish a run that was opened and committed; returns the batches that the broker took."""
+    from tasks.app import use_broker  # noqa: PLC0415 - as above
+    from tasks.publish import publish_batches  # noqa: PLC0415
+
+    use_broker(opened.settings.broker_url)
+    return publish_batches(opened.database, max_attempts=opened.settings.credit_refresh_max_attempts, run_id=run_id)
 
 
 class Carried(NamedTuple):
@@ -73,10 +94,7 @@ def carry_out(opened: Session, run: runs.Opened, *, wait: bool, doing: str = "Re
     A run that was there already (its idempotency key came again) is not published again: whatever its first command
     left undone is upkeep's.
     """
-    published = 0
-    if not run.existing:
-        attempts = opened.settings.credit_refresh_max_attempts
-        published = publish_batches(opened.database, max_attempts=attempts, run_id=run.run_id)
+    published = 0 if run.existing else publish(opened, run.run_id)
     done = wait_for_run(opened, run.run_id, doing) if wait else None
     with opened.database.statements() as connection:
         return Carried(read_line(connection, run.run_id), run.existing, done, published)

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from refresh.imports import Reject
 
 # What a spreadsheet would run as a formula; a number is none.
-_FORMULA = re.compile(r"\s*[=+\-@]|[\t\r]")
+# The last four are the same signs in full width, which some of them take too.
+_FORMULA = re.compile(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r]")
 _NUMBER = re.compile(r"\s*[+-]?[0-9]+([.,][0-9]+)?\s*")
 
 
@@ -35,7 +36,7 @@ class RejectFile:
         self.rows = 0
         self._file = file
         self._writer = csv.writer(file, lineterminator="\n")
-        self._writer.writerow(["line", "reason", *columns])
+        self._writer.writerow(["line", "reason", *map(harmless, columns)])
 
     def add(self, reject: Reject) -> None:
         """Write one row."""

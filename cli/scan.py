@@ -9,11 +9,10 @@ import click
 from cli.asking import pace_option
 from cli.main import FINISHED_WITH_FAILURES
 from cli.output import answer, json_option
-from cli.publishing import prepare_broker, summary, wait_for_run
+from cli.publishing import prepare_broker, publish, summary, wait_for_run
 from cli.session import actor, session
 from cli.types import Instant
 from refresh import runs
-from tasks.publish import publish_batches
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -67,7 +66,7 @@ def scan(  # noqa: PLR0913 - one for each option
         if isinstance(run, runs.NotOpened):
             _not_opened(run, as_json=as_json)
             return
-        publish_batches(opened.database, max_attempts=opened.settings.credit_refresh_max_attempts, run_id=run.run_id)
+        publish(opened, run.run_id)
         if not wait:
             kind = "Dry run" if run.dry_run else "Run"
             text = f"{kind} {run.run_id}: {run.users_selected:,} users due, {run.batches_total:,} batches published."

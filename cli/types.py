@@ -25,7 +25,10 @@ class Instant(click.ParamType[datetime]):
             self.fail(f"{value!r} is not an instant such as 2026-12-01T00:00:00Z", param, ctx)
         if parsed.tzinfo is None:
             self.fail(f"{value!r} names no zone: write {value}Z for UTC, or {value}+02:00", param, ctx)
-        return parsed.astimezone(UTC)
+        try:
+            return parsed.astimezone(UTC)
+        except OverflowError:
+            self.fail(f"{value!r} lies outside the years 1 to 9999", param, ctx)
 
 
 class WallTime(click.ParamType[time]):

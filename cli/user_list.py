@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import shutil
 import sys
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import click
 
 from cli.output import err
+from cli.rejects import harmless
 from cli.words import counted
 from refresh.import_columns import shown
 from refresh.runs import RefusedError
@@ -38,8 +40,9 @@ unknown_option = click.option(
     "unknown_file",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Write the ids of --users that are nobody's there, one per line. The file must not exist yet; without an "
-    "unknown id none is written.",
+    help="Write the ids of --users that are nobody's there, one per line; for a spreadsheet where FILE ends in .csv, "
+    "in which what begins like a formula gets an apostrophe. The file must not exist yet; without unknown ids none is "
+    "written.",
 )
 
 
@@ -90,8 +93,13 @@ def _write_unknown(connection: psycopg.Connection[Any], path: Path) -> None:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         try:
-            with unfinished.open("x", encoding="utf-8", buffering=READ_BUFFER_BYTES) as file:
-                file.writelines(f"{external_id}\n" for external_id in unknown_ids(connection))
+            with unfinished.open("x", newline="", encoding="utf-8", buffering=READ_BUFFER_BYTES) as file:
+                if path.suffix.lower() == ".csv":
+                    writer = csv.writer(file, lineterminator="\n")
+                    writer.writerow(["external_id"])
+                    writer.writerows([harmless(external_id)] for external_id in unknown_ids(connection))
+                else:
+                    file.writelines(f"{external_id}\n" for external_id in unknown_ids(connection))
             unfinished.rename(path)
         finally:
             unfinished.unlink(missing_ok=True)

@@ -60,6 +60,7 @@ def _check_servers(**_: Any) -> None:
         raise SystemExit("credits: REDIS_URL is not set: set it, or let `credits up` start everything with servers.")
     try:
         database().require_migrated()
+        database().close()  # beat asks nothing more, and a pool that forks inherits nothing
         check_broker()
     except DatabaseError as error:
         raise SystemExit(f"credits: {error}") from None

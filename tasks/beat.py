@@ -1,4 +1,4 @@
-"""Beat's scheduler: Celery's own, with a heartbeat file for health checks."""
+"""Beat's scheduler: Celery's own, with a heartbeat file for health checks, and with an eye on its clock."""
 
 from __future__ import annotations
 
@@ -20,4 +20,14 @@ class Scheduler(PersistentScheduler):
     def tick(self, *args: Any, **kwargs: Any) -> float:
         """Send what is due; returns the seconds until the next look."""
         heartbeat_path("beat").touch()
+        self._forget_the_future()
         return float(super().tick(*args, **kwargs))
+
+    def _forget_the_future(self) -> None:
+        """Where the clock was set back, entries ran in the future, and would be silent until that has come."""
+        now = self.app.now()
+        ahead = [entry for entry in self.schedule.values() if entry.last_run_at and entry.last_run_at > now]
+        for entry in ahead:
+            entry.last_run_at = now
+        if ahead:
+            self._heap = None  # ordered by the instants of another clock

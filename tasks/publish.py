@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from db import Database
 
 # What a broker that is gone, full or slow raises: kombu wraps some of it and passes on the rest.
-_REFUSED = (KombuError, AMQPError, RedisError, OSError)
+REFUSED = (KombuError, AMQPError, RedisError, OSError)
 
-MESSAGES_AT_ONCE = 100
+MESSAGES_AT_ONCE = 20
 """Messages that go to the broker together; workers begin with these while the next are made."""
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("credits.publish")
@@ -70,7 +70,7 @@ def publish_queue(
             ):
                 room -= _send(queue, delivery.messages(batch_ids, paced=paced))
                 published += len(batch_ids)
-    except _REFUSED as error:
+    except REFUSED as error:
         log.warning(f"{logs.PREFIX} The broker did not take the batches; upkeep publishes them", error=str(error))
         with database.transaction() as connection:
             delivery.unclaim_batches(connection, batch_ids)
@@ -97,7 +97,7 @@ def _send(queue: str, messages: list[list[int]]) -> int:
             if amqp:
                 # It answers what comes after the messages once it has read them; blocked, it says that instead.
                 producer.channel.queue_declare(queue, passive=True)
-        except _REFUSED:
+        except REFUSED:
             if amqp:
                 broker.collect()  # a blocked connection would wait for ever for its close to be answered
             raise

@@ -26,5 +26,11 @@ def retention() -> None:
     except (RefusedError, psycopg.errors.LockNotAvailable) as error:
         log.warning(f"{logs.PREFIX} Retention has to wait for the next night: {one_line(error)}")
         return
+    except psycopg.errors.InsufficientPrivilege as error:
+        log.error(  # noqa: TRY400 - one line, without the traceback
+            f"{logs.PREFIX} Retention drops months as the tables' owner alone: {one_line(error)}; unset "
+            "CREDIT_REFRESH_RETENTION_MONTHS here, and run `credits retention --months` as that role"
+        )
+        return
     if not report.nothing:
         log.info(f"{logs.PREFIX} {report.summary}", **report.facts())

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import shlex
 import tomllib
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -43,7 +42,7 @@ REDIS = {
     "appendfsync": "everysec",
     "maxmemory-policy": "noeviction",
 }
-FLOWER = {"--read-only": ("", "True"), "--persistent": ("True",), "--purge-offline-workers": ("10",)}
+FLOWER = {"--read-only": ("", "True"), "--purge-offline-workers": ("10",), "--max-tasks": ("10000",)}
 POSTGRES_VOLUME = "/var/lib/postgresql"
 NON_ROOT = re.compile(r"[1-9][0-9]*:[1-9][0-9]*")
 LOOPBACK = "127.0.0.1:"
@@ -284,8 +283,8 @@ def _flower(service: Service) -> Iterator[str]:
             yield f"must be started with {option}{'=' if allowed[0] else ''}{allowed[0]}"
     if "FLOWER_BASIC_AUTH" not in service["environment"]:
         yield "must ask for a password (FLOWER_BASIC_AUTH)"
-    if str(PurePosixPath(options.get("--db", "")).parent) not in _mounts(service):
-        yield "its --db is in no volume"
+    if options.get("--persistent") is not None:
+        yield "--persistent pickles what it keeps"
     port = options.get("--port")
     if [str(published).removeprefix(LOOPBACK).split(":")[-1] for published in service.get("ports", ())] != [port]:
         yield f"the published port is not its --port={port}"

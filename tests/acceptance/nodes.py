@@ -14,6 +14,7 @@ import uuid
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import pytest
+import redis
 from pytest_celery import CeleryTestContainer, CeleryTestNode, CeleryWorkerContainer, RedisContainer
 
 from embedded.processes import spawn, stop
@@ -153,6 +154,12 @@ class LocalRedis(_Quick, RedisContainer):  # type: ignore[misc]
 
     ready_prompt = "Ready to accept connections"
     port: int = 0
+    password: str = ""
+
+    def lock(self, password: str) -> None:
+        """Have it ask for a password, which is nobody's argument."""
+        redis.Redis(port=self.port).config_set("requirepass", password)
+        self.password = password
 
     @classmethod
     def arguments(cls, port: int) -> list[str]:
@@ -162,7 +169,8 @@ class LocalRedis(_Quick, RedisContainer):  # type: ignore[misc]
     @property
     def url(self) -> str:
         """Of the broker; it is the same inside and outside."""
-        return f"{self.prefix()}127.0.0.1:{self.port}/{self.vhost}"
+        login = f":{self.password}@" if self.password else ""
+        return f"{self.prefix()}{login}127.0.0.1:{self.port}/{self.vhost}"
 
     host_url = url
 

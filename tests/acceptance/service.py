@@ -56,6 +56,11 @@ class Service:
         self._ledger = ledger
 
     @property
+    def env(self) -> dict[str, str]:
+        """What its processes have, for a command that asks about it."""
+        return dict(self._env)
+
+    @property
     def redis(self) -> redis.Redis:
         """A client of the broker."""
         client: redis.Redis = self.broker.container.client

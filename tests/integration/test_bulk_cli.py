@@ -299,6 +299,14 @@ def test_unknown_ids_are_named_and_written(world: World, cli: Cli, tmp_path: Pat
     refused(cli(*BULK, "--users", str(file), "--unknown", str(unknown)), 2, "is there already")
 
 
+def test_unknown_ids_for_a_spreadsheet_are_no_formulas(world: World, cli: Cli, tmp_path: Path) -> None:
+    world.users(1)
+    file, unknown = tmp_path / "users.txt", tmp_path / "unknown.csv"
+    file.write_text("user-1\n=zoe\n-7\na,b\n")
+    assert cli(*BULK, "--users", str(file), "--unknown", str(unknown)).returncode == 0
+    assert unknown.read_text() == 'external_id\n\'=zoe\n-7\n"a,b"\n'
+
+
 def test_ids_from_stdin(world: World, cli: Cli) -> None:
     world.users(3)
     done = subprocess.run(

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 NAMES = [
     "settings", "servers", "database", "clock", "connections", "lock waits", "migration", "partitions",
     "default partitions", "switch", "spend trigger", "scheduled run", "pace", "stuck runs", "overdue users", "broker",
-    "queues", "workers", "beat",
+    "queues", "dead letters", "workers", "beat",
 ]  # fmt: skip
 
 
@@ -158,7 +158,7 @@ def test_a_broker_that_does_not_answer(world: World, cli: Cli) -> None:
     answered = checks(cli, code=1, REDIS_URL="redis://:hunter2@127.0.0.1:1/0")
     assert "The broker cannot be reached" in answered["broker"]["text"]
     assert "hunter2" not in json.dumps(answered)
-    assert states(answered, "unasked") == {"queues", "workers"}
+    assert states(answered, "unasked") == {"queues", "dead letters", "workers"}
     assert answered["partitions"]["state"] == "ok"
 
 

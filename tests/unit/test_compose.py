@@ -98,7 +98,7 @@ PLANTED: list[tuple[Callable[[Compose], None], str]] = [
     (remove("services", "flower", "environment", "FLOWER_BASIC_AUTH"), "must ask for a password"),
     (put("flower", ports=["5555:5555"]), "publishes 5555:5555 beyond loopback"),
     (put("flower", ports=["127.0.0.1:5555:5556"]), "is not its --port=5555"),
-    (put("flower", volumes=None), "its --db is in no volume"),
+    (swap("flower", "--max-tasks=10000", "--persistent=True"), "--persistent pickles what it keeps"),
     (swap("redis", "noeviction", "allkeys-lru"), "maxmemory-policy must be noeviction, and is allkeys-lru"),
     (swap("redis", "appendonly yes", "appendonly no"), "appendonly must be yes"),
     (swap("redis", ":?see .env.example", ":-redis"), "REDISCLI_AUTH must come from .env"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from settings import CHECKOUT
+from tasks.app import app
 
 PRODUCT = sorted(
     path
@@ -36,7 +37,15 @@ def test_only_the_settings_read_the_environment() -> None:
 
 
 def test_nothing_is_pickled() -> None:
-    assert offenders(r"\b(pickle|marshal|shelve)\b") == []
+    assert offenders(r"\b(pickle|marshal|shelve|yaml|jsonpickle|dill)\b") == []
+    assert offenders(r"(?<![\w.])(eval|exec|__import__)\(") == []
+
+
+def test_messages_are_json_alone() -> None:
+    used = {name: app.conf[name] for name in app.conf if name.endswith(("serializer", "accept_content"))}
+    assert {name: value for name, value in used.items() if value not in (["json"], "json", None)} == {}
+    assert {"accept_content", "task_serializer", "result_serializer", "event_serializer"} <= used.keys()
+    assert app.conf.accept_content == ["json"]
 
 
 @pytest.mark.parametrize("framework", ["celery", "fastapi", "click", "kombu", "rich", "alembic"])

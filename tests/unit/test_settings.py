@@ -58,6 +58,42 @@ def test_a_bad_url_is_named_without_its_password(monkeypatch: pytest.MonkeyPatch
     assert "hunter2" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "url"),
+    [
+        ("DATABASE_URL", "postgresql://app:se@cret@db:5432/app"),
+        ("DATABASE_URL", "postgresql://app:secret@db:secret/app"),
+        ("REDIS_URL", "redis://:se/cret@redis:6379/0"),
+        ("REDIS_URL", "redis://:se#cret@redis:6379/0"),
+        ("REDIS_URL", "redis://:secret@redis:6379/secret"),
+        ("CELERY_BROKER_URL", "amqp://app:se@cret@mq:5672/app"),
+        ("CELERY_BROKER_URL", "amqps://app:secret@mq1/app;amqps://app:secret"),
+    ],
+)
+def test_a_url_that_would_be_read_otherwise_is_refused_without_its_password(
+    monkeypatch: pytest.MonkeyPatch, name: str, url: str
+) -> None:
+    monkeypatch.setenv(name, url)
+    with pytest.raises(settings.SettingsError, match=f"^{name}: names no ") as refused:
+        settings.load()
+    assert "cret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "url"),
+    [
+        ("DATABASE_URL", "postgresql://app:se%40cret@[::1]:5432/app?sslmode=require"),
+        ("DATABASE_URL", "postgresql:///app?host=/run/postgresql"),
+        ("REDIS_URL", "rediss://:secret@redis.internal:6380"),
+        ("REDIS_URL", "unix:///tmp/a#b/redis.sock"),
+        ("CELERY_BROKER_URL", "amqp://app:secret@mq1:5672/app;amqp://app:secret@mq2/app"),
+    ],
+)
+def test_urls_in_all_their_forms_are_taken(monkeypatch: pytest.MonkeyPatch, name: str, url: str) -> None:
+    monkeypatch.setenv(name, url)
+    settings.load()
+
+
 def test_urls_are_brought_into_the_form_of_their_drivers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DATABASE_URL", "postgres://app@db/app")
     monkeypatch.setenv("REDIS_URL", "unix:///run/redis.sock")

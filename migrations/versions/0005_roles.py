@@ -1,0 +1,29 @@
+"""Roles with few rights: partitions are made by whoever may, not by the tables' owner alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from alembic import context, op
+
+revision = "0005"
+down_revision = "0004"
+branch_labels = None
+depends_on = None
+
+SQL = Path(__file__).parent.parent / "sql" / "0005"
+
+
+def _run(name: str) -> None:
+    schema = context.get_context().opts["schema_name"]
+    script = (SQL / name).read_text().replace("{schema}", schema)
+    # Without parameters: the scripts hold colons and percent signs of their own.
+    op.get_bind().execution_options(no_parameters=True).exec_driver_sql(script)
+
+
+def upgrade() -> None:
+    _run("roles.sql")
+
+
+def downgrade() -> None:
+    _run("roles_down.sql")
