@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -247,7 +246,7 @@ def test_credits_up(environment: dict[str, str], locked_redis: LocalRedis, tmp_p
         (said,) = [line for line in log.read_text().splitlines() if line.startswith("Flower")]
         password = said.split("password ")[1].split()[0]
     finally:
-        up.send_signal(signal.SIGINT)
+        up.terminate()
         up.wait(SECONDS)
     assert any("flower" in argument for argument in seen)
     assert [argument for argument in seen if CANARY in argument or password in argument] == []
