@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import re
-import subprocess
-import sys
 from typing import TYPE_CHECKING
 
 import pytest
 
-from settings import CHECKOUT, environment
+from tests.acceptance.benchmarks import run_benchmark
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,24 +21,7 @@ SMALLEST = {
 
 @pytest.mark.parametrize("name", SMALLEST)
 def test_a_benchmark_leaves_tables_and_figures(name: str, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "bench", name, *SMALLEST[name].split()],
-        cwd=CHECKOUT,
-        env=environment(CREDITS_STATE_DIR=str(tmp_path), DATABASE_URL="", REDIS_URL="", COLUMNS="200"),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    written = re.search(r"Written to (\S+)\.\*", done.stderr)
-    assert written, done.stderr
-    files = sorted(CHECKOUT.glob(f"{written[1]}*"))
-    try:
-        report = json.loads((CHECKOUT / f"{written[1]}.json").read_text())
-        assert report["tables"]
-        assert report["machine"]["postgresql"]["fsync"] == report["machine"]["postgresql"]["synchronous_commit"] == "on"
-        assert (CHECKOUT / f"{written[1]}.md").read_text().count("| --- |") >= len(report["tables"])
-    finally:
-        for file in files:
-            file.unlink()
+    report, tables = run_benchmark(tmp_path, name, *SMALLEST[name].split())
+    assert report["tables"]
+    assert report["machine"]["postgresql"]["fsync"] == report["machine"]["postgresql"]["synchronous_commit"] == "on"
+    assert tables.count("| --- |") >= len(report["tables"])

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import re
-import subprocess
-import sys
 from typing import TYPE_CHECKING
 
-from settings import CHECKOUT, environment
+from tests.acceptance.benchmarks import run_benchmark
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,24 +13,7 @@ RUNS = 60
 
 
 def test_connections_descriptors_and_threads_do_not_grow(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "bench", "soak", f"--runs={RUNS}"],
-        cwd=CHECKOUT,
-        env=environment(CREDITS_STATE_DIR=str(tmp_path), DATABASE_URL="", REDIS_URL="", COLUMNS="200"),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    written = re.search(r"Written to (\S+)\.\*", done.stderr)
-    assert written, done.stderr
-    files = sorted(CHECKOUT.glob(f"{written[1]}*"))
-    try:
-        report = json.loads((CHECKOUT / f"{written[1]}.json").read_text())
-    finally:
-        for file in files:
-            file.unlink()
+    report, _ = run_benchmark(tmp_path, "soak", f"--runs={RUNS}")
 
     assert [row["runs"] for row in report["tables"]["Runs with users"]] == [
         "bulk",

@@ -191,9 +191,19 @@ class Arena:
             CalledProcessError: it failed; its output is in the error.
             TimeoutExpired: it took too long.
         """
-        done = subprocess.run(
+        done = self.call(*arguments, timeout_seconds=timeout_seconds)
+        done.check_returncode()
+        return done.stdout
+
+    def call(self, *arguments: str, timeout_seconds: float = 60.0) -> subprocess.CompletedProcess[str]:
+        """The same for a command that may fail.
+
+        Raises:
+            TimeoutExpired: it took too long.
+        """
+        return subprocess.run(
             self.command(*arguments),
-            check=True,
+            check=False,
             cwd=settings.CHECKOUT,
             env=self.environment("operator"),
             stdin=subprocess.DEVNULL,
@@ -201,7 +211,6 @@ class Arena:
             text=True,
             timeout=timeout_seconds,
         )
-        return done.stdout
 
     def connect(self) -> psycopg.Connection[Any]:
         """A connection of the suite's own, in autocommit, past the proxy and with the schema `credits` in its path.

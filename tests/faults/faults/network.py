@@ -70,18 +70,18 @@ def freeze_database(arena: Arena, random: Random, hits: Hits) -> None:
 @fault("broker-cut", GAP)
 def cut_broker(arena: Arena, random: Random, hits: Hits) -> None:
     """The wire to the broker is cut as a scan publishes."""
-    with publishing(arena, arena.workers) as found:
-        arena.to_redis.cut()
-        hits.count(GAP, found is not None)
-    time.sleep(random.uniform(*_SECONDS))
-    arena.to_redis.restore()
+    _disturb_broker(arena, random, hits, arena.to_redis.cut)
 
 
 @fault("broker-frozen", GAP)
 def freeze_broker(arena: Arena, random: Random, hits: Hits) -> None:
     """Nothing passes between the service and the broker, what a scan publishes included, then everything does."""
+    _disturb_broker(arena, random, hits, arena.to_redis.freeze)
+
+
+def _disturb_broker(arena: Arena, random: Random, hits: Hits, disturb: Callable[[], None]) -> None:
     with publishing(arena, arena.workers) as found:
-        arena.to_redis.freeze()
+        disturb()
         hits.count(GAP, found is not None)
     time.sleep(random.uniform(*_SECONDS))
     arena.to_redis.restore()
@@ -111,7 +111,7 @@ def lose_answer(arena: Arena, random: Random, hits: Hits) -> None:
         (ask_id,) = connection.execute(_ASK, asked).fetchone() or (0,)
         if _ask_unheard(arena, connection, wire, arguments, key):
             hits.count(UNHEARD)
-        again = _run(arena, arguments)
+        again = arena.call(*arguments, timeout_seconds=_CALL_SECONDS)
         final = again.returncode in _FINAL
         values = {"final": final, "exit_code": again.returncode, "answer": again.stdout or None}
         connection.execute(_ANSWER, {**values, "said": again.stderr[-500:], "id": ask_id})
@@ -163,16 +163,3 @@ def _lose_the_answer(connection: psycopg.Connection[Any], wire: Proxy, key: str)
                 time.sleep(_POLL_SECONDS)
             link.drop()
             return committed == 1
-
-
-def _run(arena: Arena, arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        arena.command(*arguments),
-        check=False,
-        cwd=settings.CHECKOUT,
-        env=arena.environment("operator"),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=_CALL_SECONDS,
-    )
