@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,19 +12,18 @@ from cli.output import answer, json_option
 from cli.session import actor, session
 from cli.why import explanation
 from cli.words import counted, moment
-from db import transaction
-from refresh import runs, totals
-from refresh.at_once import Granted, do_at_once, read_granted
-from refresh.preview import preview
-from refresh.selection import Selection
-from refresh.verdict import Verdict, explain_user
+from refresh import runs
+from refresh.at_once import do_at_once
+from refresh.single import NotGrantedError, open_single, read_single
+from refresh.verdict import explain_user
 
 if TYPE_CHECKING:
-    from datetime import datetime
-
     import psycopg
 
     from cli.session import Session
+    from refresh.at_once import Granted
+    from refresh.single import Done
+    from refresh.verdict import Verdict
 
 AMOUNT_MAX = 2**63 - 1
 
@@ -78,10 +76,14 @@ def refresh(ctx: click.Context, /, *, user: str, as_json: bool, **options: Any) 
         request = _request(opened, **options)
         run = _open(connection, request, explain_user(connection, user))
         left = do_at_once(connection, run.run_id) if not run.existing else None
-        done = _read(connection, run, user, left)
-    answer(done.text(), {**done.facts(), "force": request.force}, as_json=as_json)
-    if done.code:
-        ctx.exit(done.code)
+        done = read_single(connection, run, user, left)
+    text = _text(done)
+    answer(text, {**done.facts(), "force": request.force, "text": text}, as_json=as_json)
+    if code := _CODES.get(done.outcome or ""):
+        ctx.exit(code)
+
+
+_CODES = {"failed": FINISHED_WITH_FAILURES, "held": REFUSED, "skipped": REFUSED}
 
 
 def _request(opened: Session, **options: Any) -> runs.Request:
@@ -91,16 +93,13 @@ def _request(opened: Session, **options: Any) -> runs.Request:
 
 
 def _open(connection: psycopg.Connection[Any], request: runs.Request, verdict: Verdict) -> runs.Opened:
-    wanted = Selection(user=verdict.external_id)
-    with transaction(connection, lock_timeout=runs.OPENING_LOCK_TIMEOUT):
-        admitted = runs.admit(connection, request, wanted)
-        if isinstance(admitted, runs.Request):
-            shown = preview(connection, admitted, wanted)
-            for outcome in shown.apart:
-                raise runs.RefusedError(f"{explanation(verdict)} {_way_out(outcome, verdict, force=request.force)}")
-        run = runs.open_run(connection, request, wanted)
-        if isinstance(run, runs.NotOpened):
-            raise refuse(run)
+    try:
+        run = open_single(connection, request, verdict)
+    except NotGrantedError as error:
+        way_out = _way_out(error.outcome, verdict, force=request.force)
+        raise runs.RefusedError(f"{explanation(verdict)} {way_out}") from error
+    if isinstance(run, runs.NotOpened):
+        raise refuse(run)
     return run
 
 
@@ -116,84 +115,28 @@ def _way_out(outcome: str, verdict: Verdict, *, force: bool) -> str:
     }.get(outcome, "--force refreshes them all the same" if not force else "they have changed meanwhile; try again")
 
 
-@dataclass(frozen=True, slots=True)
-class _Done:
-    """What became of the run: `granted` is its row of history, `left` why it has not ended."""
-
-    run: runs.Opened
-    progress: totals.Progress
-    granted: Granted | None
-    verdict: Verdict
-    left: str | None
-
-    @property
-    def outcome(self) -> str | None:
-        """In a word; None while the run is not done."""
-        if self.granted is not None:
-            return self.granted.status
-        if self.progress.status == "running":
-            return None
-        return "failed" if self.progress.users_failed else "skipped"
-
-    @property
-    def code(self) -> int:
-        """Of the process."""
-        return {"failed": FINISHED_WITH_FAILURES, "held": REFUSED, "skipped": REFUSED}.get(self.outcome or "", 0)
-
-    def facts(self) -> dict[str, object]:
-        """For JSON."""
-        got = self.granted
-        return {
-            "userId": self.verdict.external_id,
-            "runId": str(self.run.run_id),
-            "existing": self.run.existing,
-            "status": self.progress.status,
-            "dryRun": self.run.dry_run,
-            "outcome": self.outcome,
-            "creditsAdded": got.credits_added if got else 0,
-            "balanceBefore": got.balance_before if got else None,
-            "balanceAfter": got.balance_after if got else None,
-            "amount": got.target if got else None,
-            "windowStart": _iso(got.window_start) if got else None,
-            "windowEnd": _iso(got.window_end) if got else None,
-            "nextRefreshAt": _iso(self.verdict.next_refresh_at),
-            "reversed": bool(got and got.reversed),
-            "error": self._error,
-            "text": self.text(),
-        }
-
-    @property
-    def _error(self) -> str | None:
-        return (self.granted.error if self.granted else None) or self.progress.error or self.left
-
-    def text(self) -> str:
-        """For people."""
-        run, user = self.run, self.verdict.external_id
-        there = f"Run {run.run_id} is there already, opened with the same key. " if run.existing else ""
-        if self.granted and self.granted.status == "refreshed":
-            back = " A rollback has taken that back since." if self.granted.reversed else ""
-            return f"{there}{user} is refreshed with {_grant(self.granted)}. {self._next()}{back} Run {run.run_id}."
-        if self.granted and self.granted.status == "planned":
-            return (
-                f"{there}{user} would be refreshed with {_grant(self.granted)}. Nothing was changed; "
-                f"`credits runs apply {run.run_id}` does it."
-            )
-        if self.outcome is None:
-            why = self._error or "its run is not done"
-            return f"{there}{user} is not refreshed yet: {why}. Run {run.run_id} is open, and a worker goes on with it."
-        if self.outcome == "failed":
-            return f"{there}{user} is not refreshed: {self._error}. Run {run.run_id}."
-        return f"{there}{user} is not refreshed. {explanation(self.verdict)} Run {run.run_id}."
-
-    def _next(self) -> str:
-        at = self.verdict.next_refresh_at
-        return f"Next refresh {moment(at)}." if at else "There is no date for the next refresh."
+def _text(done: Done) -> str:
+    run, user = done.run, done.verdict.external_id
+    there = f"Run {run.run_id} is there already, opened with the same key. " if run.existing else ""
+    if done.granted and done.granted.status == "refreshed":
+        back = " A rollback has taken that back since." if done.granted.reversed else ""
+        return f"{there}{user} is refreshed with {_grant(done.granted)}. {_next(done)}{back} Run {run.run_id}."
+    if done.granted and done.granted.status == "planned":
+        return (
+            f"{there}{user} would be refreshed with {_grant(done.granted)}. Nothing was changed; "
+            f"`credits runs apply {run.run_id}` does it."
+        )
+    if done.outcome is None:
+        why = done.error or "its run is not done"
+        return f"{there}{user} is not refreshed yet: {why}. Run {run.run_id} is open, and a worker goes on with it."
+    if done.outcome == "failed":
+        return f"{there}{user} is not refreshed: {done.error}. Run {run.run_id}."
+    return f"{there}{user} is not refreshed. {explanation(done.verdict)} Run {run.run_id}."
 
 
-def _read(connection: psycopg.Connection[Any], run: runs.Opened, user: str, left: str | None) -> _Done:
-    verdict = explain_user(connection, user)
-    progress = totals.read_progress(connection, run.run_id)
-    return _Done(run, progress, read_granted(connection, run.run_id, verdict.user_id), verdict, left)
+def _next(done: Done) -> str:
+    at = done.verdict.next_refresh_at
+    return f"Next refresh {moment(at)}." if at else "There is no date for the next refresh."
 
 
 def _grant(granted: Granted) -> str:
@@ -203,7 +146,3 @@ def _grant(granted: Granted) -> str:
         f"{counted(granted.credits_added, 'credit')} (balance {granted.balance_before:,} before, "
         f"{granted.balance_after:,} after) for the window {window}"
     )
-
-
-def _iso(at: datetime | None) -> str | None:
-    return at.isoformat() if at is not None else None

@@ -103,7 +103,7 @@ def read_dry_run(connection: psycopg.Connection[Any], run_id: UUID) -> DryRun:
     with connection.cursor(row_factory=class_row(DryRun)) as cursor:
         found = cursor.execute(_DRY_RUN, {"run_id": run_id}).fetchone()
     if found is None:
-        raise runs.RefusedError(f"there is no run {run_id}")
+        raise runs.NotFoundError(f"there is no run {run_id}")
     return found
 
 

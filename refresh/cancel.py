@@ -19,7 +19,7 @@ from psycopg.types.json import Jsonb
 
 from db import one
 from refresh import totals
-from refresh.runs import RefusedError
+from refresh.runs import NotFoundError, RefusedError
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -111,7 +111,7 @@ def cancel_run(connection: psycopg.Connection[Any], run_id: UUID, *, actor: str,
     """
     row = connection.execute(_RUN, {"run_id": run_id}).fetchone()
     if row is None:
-        raise RefusedError(f"there is no run {run_id}")
+        raise NotFoundError(f"there is no run {run_id}")
     status, work = row
     if status != "running":
         raise RefusedError(f"run {run_id} had ended already: {status}")

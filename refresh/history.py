@@ -9,7 +9,7 @@ from uuid import UUID  # noqa: TC003 - the same
 
 from psycopg.rows import class_row
 
-from refresh.runs import RefusedError
+from refresh.runs import NotFoundError, RefusedError
 
 if TYPE_CHECKING:
     import psycopg
@@ -124,7 +124,7 @@ def user_history(
     """
     user = connection.execute("SELECT id FROM users WHERE external_id = %s", (external_id,)).fetchone()
     if user is None:
-        raise RefusedError(f"there is no user {external_id!r}")
+        raise NotFoundError(f"there is no user {external_id!r}")
     parameters = {
         "user_id": user[0],
         "before_id": before if isinstance(before, int) else None,

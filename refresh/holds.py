@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from psycopg.rows import class_row
 
 from db import one
-from refresh.runs import RefusedError
+from refresh.runs import NotFoundError, RefusedError
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -89,7 +89,7 @@ def hold(
     with connection.cursor(row_factory=class_row(Held)) as cursor:
         held = cursor.execute(_HOLD, parameters).fetchone()
     if held is None:
-        raise RefusedError(f"there is no user {external_id!r}")
+        raise NotFoundError(f"there is no user {external_id!r}")
     return held
 
 
@@ -100,10 +100,10 @@ def release(connection: psycopg.Connection[Any], external_id: str, *, actor: str
         Whether the user was held.
 
     Raises:
-        RefusedError: no such user.
+        NotFoundError: no such user.
     """
     connection.execute(ACTOR, {"actor": actor})
     row = connection.execute(_RELEASE, {"external_id": external_id}).fetchone()
     if row is None:
-        raise RefusedError(f"there is no user {external_id!r}")
+        raise NotFoundError(f"there is no user {external_id!r}")
     return bool(row[0])

@@ -18,7 +18,7 @@ from psycopg.rows import class_row
 from db import one
 from refresh import runs, selection
 from refresh.partitions import GONE, GONE_AS_OF, gone_text
-from refresh.runs import RefusedError
+from refresh.runs import NotFoundError, RefusedError
 from refresh.selection import Chosen
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def _read(connection: psycopg.Connection[Any], run_id: UUID) -> Retriable:
     with connection.cursor(row_factory=class_row(Retriable)) as cursor:
         run = cursor.execute(_RUN, {"run_id": run_id}).fetchone()
     if run is None:
-        raise RefusedError(f"there is no run {run_id}")
+        raise NotFoundError(f"there is no run {run_id}")
     return run
 
 

@@ -17,7 +17,7 @@ from refresh import runs
 from refresh.cancel import cancel_run
 from refresh.partitions import GONE, gone_text
 from refresh.reversal import FITS, LIVE, MONEY
-from refresh.runs import NotOpened, Opened, RefusedError
+from refresh.runs import NotFoundError, NotOpened, Opened, RefusedError
 from refresh.selection import LISTED, Chosen
 
 if TYPE_CHECKING:
@@ -241,7 +241,7 @@ def _check(connection: psycopg.Connection[Any], asked: Asked, statement: str) ->
     """
     row = connection.execute(statement, {"run_id": asked.run_id}).fetchone()
     if row is None:
-        raise RefusedError(f"there is no run {asked.run_id}")
+        raise NotFoundError(f"there is no run {asked.run_id}")
     subject = _Subject(*row)
     if subject.work == "rollback":
         raise RefusedError(

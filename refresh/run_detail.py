@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID  # noqa: TC003 - the same
 
 from refresh.run_list import RunLine, exact, read_line
-from refresh.runs import RefusedError
+from refresh.runs import NotFoundError
 
 if TYPE_CHECKING:
     import psycopg
@@ -303,12 +303,12 @@ def read_run(connection: psycopg.Connection[Any], run_id: UUID, *, failures: int
         failures: how many failed users, and failed batches, at most.
 
     Raises:
-        RefusedError: there is no such run.
+        NotFoundError: there is no such run.
     """
     line = read_line(connection, run_id)
     asked = _fetch(connection, Asked, _ASKED, run_id=run_id)
     if not asked:
-        raise RefusedError(f"there is no run {run_id}")
+        raise NotFoundError(f"there is no run {run_id}")
     applies, takes_back = line.work == "apply", line.work == "rollback"
     applied = (
         _fetch(connection, Applied, _APPLIED, run_id=run_id, subject_run_id=asked[0].subject_run_id) if applies else []

@@ -11,7 +11,7 @@ from uuid import UUID
 
 from psycopg.rows import kwargs_row
 
-from refresh.runs import RefusedError
+from refresh.runs import NotFoundError, RefusedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,7 +51,7 @@ def find_run(connection: psycopg.Connection[Any], text: str) -> UUID:
     bounds = {"first": UUID(digits.ljust(_UUID_DIGITS, "0")), "last": UUID(digits.ljust(_UUID_DIGITS, "f"))}
     found = [id_ for (id_,) in connection.execute(_FIND, {**bounds, "limit": _NAMED_MAX + 1})]
     if not found:
-        raise RefusedError(f"there is no run {text}")
+        raise NotFoundError(f"there is no run {text}")
     if len(found) > 1:
         named = ", ".join(str(id_) for id_ in found[:_NAMED_MAX]) + (", …" if len(found) > _NAMED_MAX else "")
         raise RefusedError(f"{text} is the beginning of several runs' ids: {named}")
@@ -203,10 +203,10 @@ def read_line(connection: psycopg.Connection[Any], run_id: UUID) -> RunLine:
     """One run as the list shows it.
 
     Raises:
-        RefusedError: there is no such run.
+        NotFoundError: there is no such run.
     """
     with connection.cursor(row_factory=exact(RunLine)) as cursor:
         line = cursor.execute(_ONE, {"run_id": run_id}).fetchone()
     if line is None:
-        raise RefusedError(f"there is no run {run_id}")
+        raise NotFoundError(f"there is no run {run_id}")
     return line

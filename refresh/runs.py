@@ -65,12 +65,13 @@ class Request:
         parent_run_id: the run that it applies, reverses or retries.
         subject_run_id: the dry run whose rows it applies, or the run whose grants it takes back.
         made_dry: it was not asked for as a dry run, but every run is one now.
+        correlation_id: of the HTTP request, for the workers' logs and the audit log.
 
     Raises:
         RefusedError: it is atomic, and has a pace.
     """
 
-    source: Literal["beat", "cli"]
+    source: Literal["beat", "cli", "api", "cron", "stripe"]
     requested_by: str
     batch_size: int
     dry_run: bool = False
@@ -88,6 +89,7 @@ class Request:
     parent_run_id: UUID | None = None
     subject_run_id: UUID | None = None
     made_dry: bool = False
+    correlation_id: str | None = None
 
     def __post_init__(self) -> None:
         """What is one transaction has no pace."""
@@ -102,7 +104,7 @@ class Request:
         """Of everything that makes it this request and no other; who sent it, when, and how fast it goes does not."""
         content = {**asdict(self), "dry_run": self.dry_run and not self.made_dry, "selected": selected}
         how = ("batch_size", "max_users_per_second")
-        for name in ("source", "requested_by", "idempotency_key", "slot", "made_dry", *how):
+        for name in ("source", "requested_by", "idempotency_key", "slot", "made_dry", "correlation_id", *how):
             del content[name]
         return sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -144,6 +146,14 @@ class NotOpened:
 
 class RefusedError(ValueError):
     """The request cannot be carried out. The text is one line for people."""
+
+
+class NotFoundError(RefusedError):
+    """What the request names is not there."""
+
+
+class KeyReusedError(RefusedError):
+    """The idempotency key belongs to a request of other content."""
 
 
 # In a statement of its own: the scan's snapshot must be younger than the lock, or it would not see the batches of the
@@ -234,14 +244,15 @@ def cut(
     Returns:
         The run; None when nobody was found.
     """
-    fingerprint = {"fingerprint": request.fingerprint(chosen.facts)} if request.idempotency_key else {}
+    metadata = {"fingerprint": request.fingerprint(chosen.facts)} if request.idempotency_key else {}
+    metadata |= {"correlationId": request.correlation_id} if request.correlation_id else {}
     values = {
         **chosen.parameters,
         **asdict(request),
         "batch_size": batch_users(request.batch_size, request.max_users_per_second),
         "run_id": uuid4(),
         "selection": Jsonb(dict(chosen.facts)),
-        "metadata": Jsonb(fingerprint),
+        "metadata": Jsonb(metadata),
         "atomic_users_max": ATOMIC_USERS_MAX,
         "even_empty": even_empty,
     }
@@ -253,7 +264,7 @@ def find_opened(connection: psycopg.Connection[Any], request: Request, facts: Ma
     """The run that a request with the same key has opened before.
 
     Raises:
-        RefusedError: that was another request.
+        KeyReusedError: that was another request.
     """
     if request.idempotency_key is None:
         return None
@@ -262,7 +273,7 @@ def find_opened(connection: psycopg.Connection[Any], request: Request, facts: Ma
         return None
     run_id, dry_run, users_selected, batches_total, fingerprint = row
     if fingerprint != request.fingerprint(facts):
-        raise RefusedError(
+        raise KeyReusedError(
             f"the idempotency key {request.idempotency_key!r} belongs to run {run_id}, which was asked for something "
             "else: take a new key"
         )

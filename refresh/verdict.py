@@ -12,7 +12,7 @@ from uuid import UUID  # noqa: TC003 - the same
 
 from psycopg.rows import class_row
 
-from refresh.runs import RefusedError
+from refresh.runs import NotFoundError
 
 if TYPE_CHECKING:
     import psycopg
@@ -225,12 +225,12 @@ def explain_user(connection: psycopg.Connection[Any], external_id: str) -> Verdi
     """Why a user is, or is not, refreshed.
 
     Raises:
-        RefusedError: no such user.
+        NotFoundError: no such user.
     """
     with connection.cursor(row_factory=class_row(Verdict)) as cursor:
         verdict = cursor.execute(_EXPLAIN, {"external_id": external_id}).fetchone()
     if verdict is None:
-        raise RefusedError(f"there is no user {external_id!r}")
+        raise NotFoundError(f"there is no user {external_id!r}")
     return verdict
 
 
