@@ -152,6 +152,10 @@ class NotFoundError(RefusedError):
     """What the request names is not there."""
 
 
+class NobodyError(RefusedError):
+    """Nobody was found for a request that wants somebody."""
+
+
 class KeyReusedError(RefusedError):
     """The idempotency key belongs to a request of other content."""
 
@@ -312,7 +316,7 @@ def admit(
 
 
 def open_run(
-    connection: psycopg.Connection[Any], request: Request, asked: Selection | None = None
+    connection: psycopg.Connection[Any], request: Request, asked: Selection | None = None, *, even_empty: bool = True
 ) -> Opened | NotOpened:
     """Open a run that refreshes users: find them, cut them into batches, write the run.
 
@@ -322,10 +326,12 @@ def open_run(
         connection: in a transaction; with a file's users, one that has their table.
         request: what is asked for.
         asked: of whom; None: of all who are due.
+        even_empty: whether a run of all who are due is a run when nobody is.
 
     Raises:
+        NobodyError: nobody was found for a request that names them, or wants somebody.
         RefusedError: `as_of` lies in the future and the run is not dry; the idempotency key belongs to another request;
-            nobody was found for a request that names them; or too many for one that is atomic.
+            or too many users for one that is atomic.
     """
     lock_door(connection)
     admitted = admit(connection, request, asked)
@@ -336,9 +342,9 @@ def open_run(
         ensure_partitions(connection, until=request.as_of)
     if asked is None and not request.force:
         connection.execute(_BY_INDEX, {"as_of": request.as_of})
-    opened = cut(connection, request, _chosen(request, asked), even_empty=asked is None)
+    opened = cut(connection, request, _chosen(request, asked), even_empty=asked is None and even_empty)
     if opened is None:
-        raise RefusedError("nobody matches: no run was opened")
+        raise NobodyError("nobody matches: no run was opened")
     if request.atomic and opened.users_selected > ATOMIC_USERS_MAX:
         raise RefusedError(
             f"{opened.users_selected:,} users are too many for all or nothing, which locks all of them at once: "

@@ -24,3 +24,10 @@ def slot_at(now: datetime, interval: timedelta, cron: str | None = None) -> date
         return _EPOCH + (now - _EPOCH) // interval * interval
     # Walking back, CronSim starts strictly before the instant it is given, and thinks in whole seconds.
     return next(CronSim(cron, now.astimezone(UTC).replace(microsecond=0) + timedelta(seconds=1), reverse=True))
+
+
+def next_slot(now: datetime, interval: timedelta, cron: str | None = None) -> datetime:
+    """The slot that begins next: when beat scans again; arguments as of `slot_at()`."""
+    if cron is None:
+        return slot_at(now, interval) + interval
+    return next(CronSim(cron, now.astimezone(UTC)))

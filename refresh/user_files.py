@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import csv
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol
 
 from db import one, transaction
 from refresh.import_columns import MAX_KEY_CHARACTERS, shown
@@ -20,7 +20,7 @@ from refresh.runs import RefusedError
 from refresh.selection import LISTED
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     import psycopg
 
@@ -212,7 +212,17 @@ _SAMPLE = f"SELECT external_id FROM pg_temp.{UNKNOWN} ORDER BY line LIMIT %s"  #
 _ALL_UNKNOWN = f"SELECT external_id FROM pg_temp.{UNKNOWN} ORDER BY line"  # noqa: S608 - the same
 
 
-def load_users(connection: psycopg.Connection[Any], file: UserList) -> Listed:
+class Ids(Protocol):
+    """Somebody's list of ids: a file, or what came with a request."""
+
+    name: str
+    """What messages call it."""
+
+    def ids(self) -> Iterable[tuple[int, str]]:
+        """Each id with its place in the list."""
+
+
+def load_users(connection: psycopg.Connection[Any], file: Ids) -> Listed:
     """Load a file of ids, and leave its users in `pg_temp.listed_users (user_id)` for as long as the session lives.
 
     Args:

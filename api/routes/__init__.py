@@ -1,0 +1,1 @@
+"""Routes, by whom they are for and what they do."""

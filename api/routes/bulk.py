@@ -1,0 +1,128 @@
+"""Many users at once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Self
+
+from fastapi import APIRouter, Response
+from pydantic import Field, model_validator
+
+from api import answers
+from api.callers import Admin
+from api.context import Config, Db
+from api.keys import RequiredKey
+from api.opening import open_and_publish, request_of
+from api.problems import documented
+from api.routes.users import DEFAULT_REASON, TEXT_MAX
+from api.schema import Amount, Body, Credits, Instant
+from refresh import runs
+from refresh.import_columns import MAX_KEY_CHARACTERS
+from refresh.selection import Selection
+from refresh.user_files import load_users
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import psycopg
+
+router = APIRouter(prefix="/api/admin/credits", tags=["runs"])
+
+USERS_MAX = 100_000
+"""Users named one by one in a request; `credits bulk-refresh --users` takes files of any length."""
+
+
+class BulkBody(Body):
+    """Whom to refresh, and how: `all`, `planCode` or `userIds`, and conditions, of which all have to hold."""
+
+    all: bool = Field(default=False, description="All who are due; with `force`, all users.")
+    plan_code: str | None = Field(None, min_length=1, max_length=255, description="The users of a plan.")
+    user_ids: list[str] | None = Field(
+        None, min_length=1, max_length=USERS_MAX, description="These users, by your app's own ids."
+    )
+    next_refresh_before: Instant | None = Field(None, description="Whose date lies before it.")
+    balance_below: Credits | None = Field(None, description="Who have fewer credits.")
+    active: bool | None = Field(None, description="Who are active, or are not.")
+    force: bool = Field(default=False, description="Those too who are not due, have no date, or wait for a webhook.")
+    keep_window: bool = Field(default=False, description="With `force`: leave everybody's next date where it is.")
+    amount: Amount | None = Field(None, description="Aim at so many credits, under each plan's mode.")
+    dry_run: bool = Field(default=False, description="Record what would be granted, row by row, and change no user.")
+    as_of: Instant | None = Field(None, description="Decide as of this instant; in the future for dry runs alone.")
+    atomic: bool = Field(default=False, description=f"All of them or none; {runs.ATOMIC_USERS_MAX:,} users at most.")
+    max_users_per_second: int | None = Field(None, ge=1, le=2**31 - 1, description="Go no faster than that.")
+    reason: str = Field(DEFAULT_REASON, min_length=1, max_length=TEXT_MAX, description="For whoever asks why.")
+
+    @model_validator(mode="after")
+    def _names_whom(self) -> Self:
+        named = [self.all, self.plan_code is not None, self.user_ids is not None]
+        narrowed = any(value is not None for value in (self.next_refresh_before, self.balance_below, self.active))
+        if sum(named) > 1:
+            raise ValueError("all, planCode and userIds exclude one another")
+        if not any(named) and not narrowed:
+            raise ValueError("say whom: all, planCode, userIds, or one condition at least")
+        if self.all and narrowed:
+            raise ValueError("all means everybody: leave it out, and the conditions alone select")
+        if self.keep_window and not self.force:
+            raise ValueError("keepWindow is for force: any other refresh ends at its window's end")
+        if self.atomic and self.max_users_per_second is not None:
+            raise ValueError("atomic is one transaction: it cannot be paced")
+        if self.balance_below is not None and not -(2**63) <= self.balance_below < 2**63:
+            raise ValueError("balanceBelow is not a whole number of 64 bits")
+        return self
+
+    def selection(self) -> Selection:
+        """Whom it selects, `userIds` aside."""
+        return Selection(
+            plan=self.plan_code,
+            next_refresh_before=self.next_refresh_before,
+            balance_below=self.balance_below,
+            active=self.active,
+        )
+
+
+class _Ids:
+    """`userIds`, as `load_users()` reads a file."""
+
+    name = "userIds"
+
+    def __init__(self, ids: list[str]) -> None:
+        self._ids = ids
+
+    def ids(self) -> Iterator[tuple[int, str]]:
+        """Each id with its place."""
+        for place, id_ in enumerate(self._ids):
+            text = id_.strip()
+            if not text or len(text) > MAX_KEY_CHARACTERS or "\0" in text:
+                raise runs.RefusedError(
+                    f"userIds.{place} is no id: it has to have 1 to {MAX_KEY_CHARACTERS} characters"
+                )
+            yield place, text
+
+
+@router.post(
+    "/bulk-refresh",
+    status_code=202,
+    response_model=answers.Opened,
+    summary="Refresh many users",
+    responses=documented(
+        "idempotency-key-missing", "idempotency-key-reused", "in-progress", "paused", "refused", "invalid-request"
+    ),
+)
+def bulk_refresh(
+    body: BulkBody, caller: Admin, config: Config, database: Db, response: Response, key: RequiredKey
+) -> dict[str, Any]:
+    """Whom the run is for is decided now; workers do it, and each batch decides again over each of its users.
+
+    `Location` is where the run is, and `…/events` tells how far it has come. Nobody is refreshed who is held, inactive
+    or without a plan. To see beforehand what would happen: `dryRun`, then `POST …/runs/{runId}/apply`.
+    """
+    how = {"force", "keep_window", "amount", "dry_run", "as_of", "atomic", "max_users_per_second", "reason"}
+    request = request_of(config, caller, idempotency_key=key, **body.model_dump(include=how))
+
+    def opens(connection: psycopg.Connection[Any]) -> runs.Opened | runs.NotOpened:
+        wanted = body.selection()
+        if body.user_ids is not None:
+            wanted = replace(wanted, listed=load_users(connection, _Ids(body.user_ids)).content())
+        return runs.open_run(connection, request, wanted)
+
+    return open_and_publish(database, config, key, opens, response)

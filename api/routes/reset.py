@@ -1,0 +1,135 @@
+"""The routes of the systems before: the cron job's, and the manual reset with its status.
+
+Both open a run over all who are due, as beat does every hour. So they are safe to call at any time, and as often as
+somebody likes: whoever is refreshed is not due any more.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fastapi import APIRouter, Response
+from kombu.exceptions import KombuError
+from pydantic import Field
+from redis.exceptions import RedisError
+
+from api import answers
+from api.callers import Admin, Cron, Reader
+from api.context import Config, Db
+from api.keys import IdempotencyKey
+from api.opening import open_and_publish, request_of
+from api.problems import documented
+from api.routes.users import TEXT_MAX
+from api.schema import Body
+from refresh import runs
+from refresh.doctor import scheduled_run
+from refresh.reset_status import read_status
+from refresh.selection import Selection
+from tasks.app import app
+
+if TYPE_CHECKING:
+    import psycopg
+
+    from db import Database
+    from settings import Settings
+
+router = APIRouter(tags=["reset"])
+
+CRON = "/api/admin/reset-monthly-tokens"
+PING_SECONDS = 1.0
+_ANSWERS = documented("paused", "refused", "in-progress", "idempotency-key-reused")
+
+
+@router.post(
+    CRON, response_model=answers.Reset, summary="A cron job's call: refresh all who are due", responses=_ANSWERS
+)
+def reset_monthly_tokens(caller: Cron, config: Config, database: Db, response: Response) -> dict[str, Any]:
+    """Idempotent, and safe to call every minute: while nobody is due, no run is opened. Workers do it."""
+    request = request_of(config, caller, source="cron", reason="cron")
+    return _refresh_due(config, database, response, request)
+
+
+@router.get(CRON, response_model=answers.Reset, summary="The same, as hosted cron services send it", responses=_ANSWERS)
+def reset_monthly_tokens_by_get(caller: Cron, config: Config, database: Db, response: Response) -> dict[str, Any]:
+    """See the POST."""
+    response.headers["Cache-Control"] = "no-store"
+    return reset_monthly_tokens(caller, config, database, response)
+
+
+def _refresh_due(
+    config: Settings,
+    database: Database,
+    response: Response,
+    request: runs.Request,
+    asked: Selection | None = None,
+) -> dict[str, Any]:
+    def opens(connection: psycopg.Connection[Any]) -> runs.Opened | runs.NotOpened:
+        return runs.open_run(connection, request, asked, even_empty=False)
+
+    try:
+        run = open_and_publish(database, config, request.idempotency_key, opens, response)
+    except runs.NobodyError:
+        return {"success": True, "resetCount": 0, "run": None}
+    del response.headers["Retry-After"]
+    return {"success": True, "resetCount": run["usersSelected"], "run": run}
+
+
+class ManualBody(Body):
+    """How to reset."""
+
+    bypass: bool = Field(  # a forced refresh: its windows begin now
+        default=False, description="All users, due or not: windows that begin now, on top of those that are running."
+    )
+    dry_run: bool = Field(default=False, description="Record what would be granted, and change no user.")
+    reason: str = Field("manual reset", min_length=1, max_length=TEXT_MAX, description="For whoever asks why.")
+
+
+@router.post("/api/reset/manual", response_model=answers.Reset, summary="Reset by hand", responses=_ANSWERS)
+def manual_reset(
+    caller: Admin,
+    config: Config,
+    database: Db,
+    response: Response,
+    body: ManualBody | None = None,
+    idempotency_key: IdempotencyKey = None,
+) -> dict[str, Any]:
+    """Refresh all who are due; with `bypass`, everybody. Without need and without `bypass`, nothing happens."""
+    said = body or ManualBody()
+    request = request_of(
+        config,
+        caller,
+        reason=said.reason,
+        force=said.bypass,
+        dry_run=said.dry_run,
+        idempotency_key=idempotency_key,
+    )
+    return _refresh_due(config, database, response, request, Selection() if said.bypass else None)
+
+
+@router.get("/api/reset/status", response_model=answers.ResetStatus, summary="Where the periodic refresh stands")
+def reset_status(_caller: Reader, config: Config, database: Db) -> dict[str, Any]:
+    """The last runs, the last success, the next run, and whether beat and workers are alive.
+
+    Workers are asked, and have a second to answer; one that is at work on a batch answers after it. Beat answers
+    nobody: it is alive if the present slot has its run.
+    """
+    with database.statements() as connection:
+        status = read_status(connection, interval=config.interval, cron=config.credit_refresh_cron).facts()
+        on_time = scheduled_run(connection, config)
+    names = _workers()
+    return {
+        **status,
+        "timetable": config.credit_refresh_cron or f"every {config.interval}",
+        "workersAlive": bool(names),
+        "workers": names,
+        "beatAlive": {"ok": True, "wrong": False}.get(on_time.state),
+        "beat": on_time.sentence,
+    }
+
+
+def _workers() -> list[str]:
+    try:
+        replies = app.control.ping(timeout=PING_SECONDS) or []
+    except (KombuError, RedisError, OSError):
+        return []
+    return sorted(name for reply in replies for name in reply)
