@@ -9,19 +9,28 @@ from __future__ import annotations
 
 import os
 from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 from cronsim import CronSim, CronSimError
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 CHECKOUT = Path(__file__).resolve().parent
 """The folder that holds the code: `celery -A tasks` and `alembic` run from here."""
 
 _POSTGRES_NAME_BYTES = 63
-_SECRET_FIELDS = frozenset({"database_url", "redis_url", "celery_broker_url"})
+_TOKEN_CHARACTERS_MIN = 16
+_JWT_SECRET_BYTES_MIN = 32
+"""As many as the hash of HS256 has (RFC 7518, 3.2)."""
+_RATE_MAX = 100_000
+"""The instant of each request within the window is kept, in Redis or in memory."""
+_RATE_SECONDS_MAX = 86_400
+_SECRET_FIELDS = frozenset(
+    {"database_url", "redis_url", "celery_broker_url", "admin_token", "cron_secret", "jwt_secret", "jwks_url"}
+)
 
 
 class SettingsError(ValueError):
@@ -93,6 +102,61 @@ def _nodes_readable(urls: str) -> None:
             raise ValueError("names no database of Redis by its number, as in redis://:password@host:6379/0")
 
 
+def _token(value: SecretStr) -> SecretStr:
+    text = value.get_secret_value()
+    if len(text) < _TOKEN_CHARACTERS_MIN:
+        raise ValueError(f"must have {_TOKEN_CHARACTERS_MIN} characters at least: make one with `openssl rand -hex 24`")
+    if not (text.isascii() and text.isprintable()) or " " in text:
+        raise ValueError("is sent in a header: letters, digits and ASCII's signs alone, no space and no line's end")
+    return value
+
+
+def _jwt_secret(value: SecretStr) -> SecretStr:
+    text = value.get_secret_value()
+    if not text.isprintable():
+        raise ValueError("has a character that nobody can type, such as a line's end")
+    if len(text.encode()) < _JWT_SECRET_BYTES_MIN:
+        raise ValueError(f"must have {_JWT_SECRET_BYTES_MIN} bytes at least: make one with `openssl rand -hex 32`")
+    if "-----BEGIN" in text or text.startswith("ssh-"):
+        # Whoever knows the public key could sign for anybody.
+        raise ValueError("is a key of a pair; HS256 takes a shared secret. Public keys come by JWKS_URL")
+    return value
+
+
+def _jwks_url(value: str) -> str:
+    parts = urlsplit(value)
+    if parts.scheme != "https" and not (parts.scheme == "http" and _is_loopback(parts.hostname or "")):
+        raise ValueError(
+            "must start with https://, as in https://auth.example.com/.well-known/jwks.json: "
+            "whoever can change the keys on their way can be any user"
+        )
+    port = parts.netloc.rpartition("]")[2].partition(":")[2]
+    if not parts.hostname or "@" in parts.netloc or not (port.isdecimal() or not port):
+        raise ValueError("must name a host, perhaps a port, and no password")
+    if not (value.isascii() and value.isprintable()) or " " in value:
+        raise ValueError("has a character that no address has: write it as %20 and the like")
+    return value
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _rate(value: str) -> str:
+    from limits import parse_many  # noqa: PLC0415 - most processes are given no rate
+
+    try:
+        rates = parse_many(value)
+    except ValueError:
+        rates = []
+    if len(rates) != 1 or not 1 <= rates[0].amount <= _RATE_MAX or rates[0].get_expiry() > _RATE_SECONDS_MAX:
+        raise ValueError(f"must be 1 to {_RATE_MAX:,} requests in a day or less, such as 600/minute or 20/second")
+    return value
+
+
 class Settings(BaseSettings):
     """What the environment says, checked. An absent URL means: use an embedded server."""
 
@@ -131,10 +195,37 @@ class Settings(BaseSettings):
     credits_free_tier: int = Field(default=1_000, ge=1, le=2**63 - 1)
     credits_pro_tier: int = Field(default=20_000, ge=1, le=2**63 - 1)
 
+    admin_token: Annotated[SecretStr, AfterValidator(_token)] | None = None
+    """Opens every route of the HTTP API but users' own; meant for making the first keys."""
+    cron_secret: Annotated[SecretStr, AfterValidator(_token)] | None = None
+    """Opens the route that a hosted cron service calls, and no other."""
+    jwt_secret: Annotated[SecretStr, AfterValidator(_jwt_secret)] | None = None
+    """Users' tokens are signed with it (HS256), by the app that they are users of."""
+    jwks_url: Annotated[str, AfterValidator(_jwks_url)] | None = None
+    """In its place: where the public keys are that users' tokens are checked against."""
+    jwt_audience: str = "credits"
+    """A user's token must name it in `aud`, so that a token made for something else opens nothing here."""
+    jwt_issuer: str | None = None
+    """Where set, a user's token must name it in `iss`."""
+    api_rate_limit: Annotated[str, AfterValidator(_rate)] = "600/minute"
+    """Requests that each caller of the HTTP API may make."""
+
     credits_state_dir: Path = CHECKOUT / ".state"
     """Where embedded servers, beat's timetable and the demo keep their files."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
     log_format: Literal["console", "json"] = "console"
+
+    @field_validator("cron_secret", "jwt_secret", "jwks_url")
+    @classmethod
+    def _apart(cls, value: SecretStr | str | None, info: ValidationInfo) -> SecretStr | str | None:
+        """Secrets that open different doors differ, and users' tokens are checked in one way."""
+        given = {name: info.data.get(name) for name in ("admin_token", "cron_secret", "jwt_secret")}
+        if info.field_name == "jwks_url" and value and given["jwt_secret"]:
+            raise ValueError("cannot be beside JWT_SECRET: keep the one that users' tokens are signed for")
+        for name, other in given.items():
+            if isinstance(value, SecretStr) and value == other:
+                raise ValueError(f"is the same as {name.upper()}: whoever has the one would have the other")
+        return value
 
     @property
     def broker_url(self) -> str | None:

@@ -4,6 +4,7 @@
 here: connections set `search_path` (db.py), so that one build serves any `DATABASE_SCHEMA`.
 """
 
+from models.api_key import ApiKey
 from models.audit_log import AuditLog
 from models.base import Base
 from models.batch import Batch
@@ -14,4 +15,4 @@ from models.setting import Setting
 from models.timezone import Timezone
 from models.user import User
 
-__all__ = ["AuditLog", "Base", "Batch", "History", "Plan", "Run", "Setting", "Timezone", "User"]
+__all__ = ["ApiKey", "AuditLog", "Base", "Batch", "History", "Plan", "Run", "Setting", "Timezone", "User"]
