@@ -15,12 +15,27 @@ from bench.costs import costs
 from bench.growth import growth_due, growth_table
 from bench.history import year
 from bench.host import host
+from bench.recovery import recovery
 from bench.soak import soak
 from bench.steady import idle
 from bench.throughput import cadences, throughput
 
 # In the order in which all of them run.
-_BENCHMARKS = (throughput, anatomy, costs, cadences, growth_table, growth_due, year, brokers, host, idle, bloat, soak)
+_BENCHMARKS = (
+    throughput,
+    anatomy,
+    costs,
+    cadences,
+    growth_table,
+    growth_due,
+    year,
+    brokers,
+    host,
+    idle,
+    bloat,
+    soak,
+    recovery,
+)
 
 
 @click.group(invoke_without_command=True)

@@ -69,7 +69,7 @@ def workers(running: Servers, url: str, *, events: bool = False) -> Iterator[Sup
         use_broker(running.redis_url)
         if app.conf.broker_write_url != running.redis_url:
             raise SystemExit("CELERY_BROKER_URL is set, and Celery would publish there: unset it")
-        _until_ready(supervisor)
+        await_workers(supervisor)
         yield supervisor
 
 
@@ -97,7 +97,8 @@ def scan(url: str, as_of: datetime | None = None) -> Scanned:
         database.close()
 
 
-def _until_ready(supervisor: Supervisor) -> None:
+def await_workers(supervisor: Supervisor) -> None:
+    """Until all of them answer."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while len(app.control.ping(timeout=1.0) or ()) < WORKERS:
         _check(supervisor, deadline)

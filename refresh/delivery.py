@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
     import psycopg
 
-# A batch takes milliseconds and is ended by the database after 30 s. What was published longer ago than this and
-# neither waits in the queue nor is locked by a worker was lost, or its worker died.
-LOST_AFTER_SECONDS = 30
+# A batch takes milliseconds. What was published longer ago than this and neither waits in the queue nor is locked by a
+# worker was lost, or its worker died. Should a live worker have it in hand after all, it is rung for twice and done
+# once.
+LOST_AFTER_SECONDS = 15
 # Of a worker that waits for its turn in a paced run, these wait with it: what it has fetched ahead
 # (celeryconfig.worker_prefetch_multiplier) and what it has in hand.
 FETCHED_MESSAGES = 5

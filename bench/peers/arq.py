@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 JOBS_AT_ONCE = 20
 """Started at a look into the queue; more than there are connections, so that none of them waits for the next look."""
+PUBLISHED_AT_ONCE = 50
+"""Each holds a connection meanwhile, and the client's pool ends at a hundred."""
 
 
 async def connect(context: dict[str, Any]) -> None:
@@ -46,7 +48,9 @@ def publisher() -> Iterator[Callable[[list[list[int]]], None]]:
         pool = runner.run(create_pool(WorkerSettings.redis_settings))
 
         async def publish(messages: list[list[int]]) -> None:
-            await asyncio.gather(*(pool.enqueue_job("refresh", batch_ids) for batch_ids in messages))
+            for first in range(0, len(messages), PUBLISHED_AT_ONCE):
+                together = messages[first : first + PUBLISHED_AT_ONCE]
+                await asyncio.gather(*(pool.enqueue_job("refresh", batch_ids) for batch_ids in together))
 
         yield lambda messages: runner.run(publish(messages))
         runner.run(pool.aclose())

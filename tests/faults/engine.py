@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import count
 from random import Random
 from typing import TYPE_CHECKING, Self
 
@@ -39,6 +40,8 @@ LOOK_SECONDS = 5.0
 BROKEN_LIMIT_SECONDS = 60.0
 """And recovery need not be waited for so long: with all guards in their place it takes 35 s at most."""
 LAST_ROUNDS = 3
+AIMED_AGAIN_MAX = 3
+"""So often a fault that has hit nothing yet, or not all that it is meant to, is injected once more at the end."""
 
 
 # For the report: each query gives names and numbers.
@@ -164,16 +167,22 @@ class Engine:
 
     def _inject(self, seconds: float) -> None:
         self._recover("(none)", 0.0, 0.0, Hits())
-        for number, name in enumerate(self._timetable()):
-            began = self._elapsed()
-            if began >= seconds:
-                return
-            hits = Hits()
-            FAULTS[name].run(self._arena, Random(f"{self._story.seed}/{number}/{name}"), hits)  # noqa: S311
-            self._recover(name, began, self._elapsed() - began, hits)
+        numbers = count()
+        for name in self._timetable():
+            if self._elapsed() >= seconds:
+                break
+            self._inject_one(next(numbers), name)
+        for _ in range(AIMED_AGAIN_MAX):
+            for name in dict.fromkeys(name for name, _aim in self._missed()):
+                self._inject_one(next(numbers), name)
         while self._elapsed() < seconds:  # there is no fault to inject
             time.sleep(recovery.POLL_SECONDS)
             self._look()
+
+    def _inject_one(self, number: int, name: str) -> None:
+        began, hits = self._elapsed(), Hits()
+        FAULTS[name].run(self._arena, Random(f"{self._story.seed}/{number}/{name}"), hits)  # noqa: S311
+        self._recover(name, began, self._elapsed() - began, hits)
 
     def _timetable(self) -> Iterator[str]:
         """Each fault once, in a shuffled round, then the next round."""
@@ -221,15 +230,23 @@ class Engine:
             self._story.find("recovery", f"at the end, with no more load and no more faults: {undone}")
         self._check(finished=True)
 
-    def _find_misses(self) -> None:
-        """A fault that never hits what it is aimed at shows nothing."""
+    def _missed(self) -> list[tuple[str, str]]:
+        """The faults that have run and what they have never hit."""
         hits: dict[str, Counter[str]] = {}
         for injection in self._story.injections:
             hits.setdefault(injection.name, Counter()).update(injection.hits)
-        for name in hits.keys() & self._story.aims.keys():
-            for aim in self._story.aims[name]:
-                if not hits[name][aim]:
-                    self._story.find("aim", f"{name} never hit {aim}")
+        return [
+            (name, aim)
+            for name, aims in self._story.aims.items()
+            if name in hits
+            for aim in aims
+            if not hits[name][aim]
+        ]
+
+    def _find_misses(self) -> None:
+        """A fault that never hits what it is aimed at shows nothing."""
+        for name, aim in self._missed():
+            self._story.find("aim", f"{name} never hit {aim}")
 
     def _stop_service(self) -> None:
         for group in (self._arena.beats, self._arena.workers):
