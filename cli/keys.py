@@ -34,7 +34,7 @@ def keys() -> None:
     type=click.Choice(domain.SCOPES),
     multiple=True,
     required=True,
-    help="What it may: read looks, support holds and refreshes single users, admin does everything. Repeatable.",
+    help="What it may: read looks, support also holds and refreshes single users, admin does everything. Repeatable.",
 )
 @click.option("--expires", "expires_at", type=Instant(), metavar="T", help="It opens nothing from T on; absent: never.")
 @json_option
@@ -49,7 +49,7 @@ def create(*, name: str, scopes: tuple[str, ...], expires_at: datetime | None, a
 
     \b
     Examples:
-      credits keys create --name support-desk --scope read --scope support
+      credits keys create --name support-desk --scope support
       credits keys create --name nightly-report --scope read --expires 2027-01-01T00:00:00Z
       credits keys create --name backend --scope admin | vault kv put secret/credits key=-
     """  # noqa: D301 - \b is Click's mark for a block that is not to be wrapped
