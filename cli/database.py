@@ -114,8 +114,8 @@ def grants(*, hosts: tuple[str, ...], workers: tuple[str, ...], readers: tuple[s
 
     A host's role cannot touch history, audit rows, runs, batches, plans or settings: what its inserts, spends and
     holds leave there is written by our triggers. Workers make the partitions of the months to come. `db upgrade`,
-    `db triggers`, `plans set`, `users import`, `pause`, `resume` and dropping months (`credits retention --months`) are
-    the owner's.
+    `db triggers`, `plans set`, `users import`, `keys create`, `keys revoke`, `pause`, `resume` and dropping months
+    (`credits retention --months`) are the owner's.
 
     \b
     With --json: statements (each with role, kind, sql), in their order; kind is null where it is everybody's.

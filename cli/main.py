@@ -23,6 +23,7 @@ _COMMANDS = {
     "forecast": ("cli.forecast", "Show the refreshes and credits of the days ahead, by plan."),
     "history": ("cli.history", "Show what a user was granted, and what not."),
     "hold": ("cli.hold", "Keep a user from being refreshed."),
+    "keys": ("cli.keys", "Make, list and revoke keys of the HTTP API."),
     "pause": ("cli.switch", "Grant nothing on any path until `credits resume`."),
     "plans": ("cli.plans", "Show, preview and change what a tier grants, and when."),
     "refresh": ("cli.refresh", "Refresh one user, there and then."),

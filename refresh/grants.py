@@ -41,6 +41,10 @@ _ALL_TABLES = """
 {schema}.credit_refresh_histories, {schema}.credit_refresh_histories_default,
 {schema}.credit_audit_logs, {schema}.credit_audit_logs_default
 """
+# Neither a host nor a worker sees keys of the HTTP API; nobody but the owner sees their hashes, or writes one.
+_KEY_COLUMNS = """
+id, prefix, name, scopes, created_at, created_by, expires_at, last_used_at, revoked_at, revoked_by
+"""
 
 # A function is everybody's until it is taken away, and these write.
 _SHUT = SQL("""
@@ -74,7 +78,10 @@ GRANT EXECUTE ON FUNCTION {schema}.refresh_credits_if_due(text), {schema}.refres
         SQL("GRANT INSERT ON {schema}.credit_audit_logs TO {role}"),
         SQL("GRANT EXECUTE ON FUNCTION {schema}.ensure_partitions(timestamptz, integer) TO {role}"),
     ),
-    "read": (SQL(f"GRANT SELECT ON {_ALL_TABLES.strip()} TO {{role}}"),),
+    "read": (
+        SQL(f"GRANT SELECT ON {_ALL_TABLES.strip()} TO {{role}}"),
+        SQL(f"GRANT SELECT ({_KEY_COLUMNS.strip()}) ON {{schema}}.api_keys TO {{role}}"),
+    ),
 }
 
 

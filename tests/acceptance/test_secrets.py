@@ -35,14 +35,16 @@ CANARY = "c4nary"
 """The beginning of each planted secret."""
 DATABASE, BROKER, FLOWER = f"{CANARY}Database", f"{CANARY}Broker", f"{CANARY}Flower"
 OTHERS = {
-    name: f"{CANARY}{name.title().replace('_', '')}"
+    name: f"{CANARY}{name.title().replace('_', '')}".ljust(40, "x")
     for name in ("ADMIN_TOKEN", "CRON_SECRET", "JWT_SECRET", "STRIPE_WEBHOOK_SECRET")
 }
 RUN = "00000000-0000-0000-0000-00000000000a"
 COMMANDS: list[list[str]] = [
     ["bulk-refresh", "--all", "--reason", "x", "--yes"], ["completion", "bash"], ["db", "check"],
     ["db", "grants", "--host", "x"], ["db", "triggers", "on"], ["db", "upgrade"], ["dead-letters"], ["doctor"],
-    ["doctor", "--json"], ["forecast"], ["history", "x"], ["hold", "x", "--reason", "x"], ["pause"], ["plans", "list"],
+    ["doctor", "--json"], ["forecast"], ["history", "x"], ["hold", "x", "--reason", "x"],
+    ["keys", "create", "--name", "x", "--scope", "read"], ["keys", "list"], ["keys", "revoke", "x"], ["pause"],
+    ["plans", "list"],
     ["plans", "preview", "free"], ["plans", "set", "free", "--amount", "5", "--yes"], ["refresh", "x", "--reason", "x"],
     ["release", "x"], ["resume"], ["retention", "--yes"], ["runs", "list"], ["runs", "show", RUN],
     ["runs", "apply", RUN, "--yes"], ["runs", "rollback", RUN, "--yes", "--reason", "x"],
@@ -186,6 +188,22 @@ def test_passwords_that_the_servers_refuse(
 
 def test_bad_values_of_other_settings(environment: dict[str, str]) -> None:
     assert_silent(outputs(FEW, environment | {"CREDIT_REFRESH_BATCH_SIZE": "many"}))
+
+
+BAD_SECRETS = [
+    ("ADMIN_TOKEN", f"{CANARY}Short"), ("ADMIN_TOKEN", f"{CANARY} with spaces in it"),
+    ("CRON_SECRET", OTHERS["ADMIN_TOKEN"]), ("JWT_SECRET", f"{CANARY}Short"),
+    ("JWT_SECRET", f"-----BEGIN PUBLIC KEY-----{CANARY}"), ("JWKS_URL", f"https://a:{CANARY}@auth.example.com/jwks"),
+    ("JWKS_URL", f"http://auth.example.com/{CANARY}"), ("JWKS_URL", f"https://auth.example.com/?key={CANARY}"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_SECRETS)
+def test_secrets_that_are_refused_are_not_repeated(environment: dict[str, str], name: str, value: str) -> None:
+    with in_process():
+        said = said_by(Commands(environment | {name: value}), ["doctor"])
+    assert f"Error: {name}: " in said
+    assert CANARY not in said
 
 
 class TestAWorkerAtWork:

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from tests.integration.world import World
 
 LEDGERS = ["credit_refresh_histories", "credit_audit_logs"]
-OTHERS = ["credit_refresh_runs", "credit_refresh_batches", "settings", "plans", "timezones", "alembic_version"]
+OTHERS = [
+    "credit_refresh_runs", "credit_refresh_batches", "settings", "plans", "timezones", "alembic_version", "api_keys",
+]  # fmt: skip
 EVERYBODYS_DDL = [
     "CREATE TABLE credits.mine ()", "CREATE FUNCTION credits.mine() RETURNS integer LANGUAGE sql RETURN 1",
     "ALTER TABLE credits.users ADD COLUMN mine text", "ALTER TABLE credits.users DISABLE TRIGGER ALL",
@@ -37,7 +39,7 @@ WRITES = [
 COLUMNS = {
     "credit_refresh_histories": "credits_added", "credit_audit_logs": "credits", "credit_refresh_runs": "reason",
     "credit_refresh_batches": "error", "settings": "enabled", "plans": "amount", "timezones": "name",
-    "alembic_version": "version_num",
+    "alembic_version": "version_num", "api_keys": "name",
 }  # fmt: skip
 ENSURE = "SELECT credits.ensure_partitions(now(), 12)"
 
@@ -123,7 +125,8 @@ def test_a_host_can_do_nothing_else(host: Connection, statement: str) -> None:
     "statement",
     [
         "SELECT FROM credit_audit_logs", "SELECT FROM credit_refresh_batches", "SELECT FROM settings",
-        "SELECT FROM credit_audit_logs_default", "INSERT INTO credit_refresh_histories_default SELECT",
+        "SELECT FROM api_keys", "SELECT FROM credit_audit_logs_default",
+        "INSERT INTO credit_refresh_histories_default SELECT",
         "UPDATE users SET next_refresh_at = now() - interval '1 year'", "UPDATE users SET held_window = NULL",
         "UPDATE users SET refresh_shortfall = 0", "UPDATE users SET external_id = 'eve'", "UPDATE users SET id = 7",
         "INSERT INTO users (external_id, credit_balance, held_window) VALUES ('x', 0, '1000-01-01 00:00+00')",
@@ -170,6 +173,7 @@ def test_workers_and_readers_can_do_no_more_than_they_need(world: World, kind: K
         denied(connection, "UPDATE users SET external_id = 'eve'")
         denied(connection, "INSERT INTO users (external_id, credit_balance) VALUES ('eve', 0)")
         denied(connection, "DELETE FROM users")
+        denied(connection, "SELECT secret_hash FROM api_keys" if kind == "read" else "SELECT FROM api_keys")
         denied(connection, "SELECT refresh_due(1)")
         denied(connection, "SELECT refresh_credits_if_due('ada')")
         if kind == "read":
@@ -186,7 +190,7 @@ def test_a_reader_answers_peoples_questions(world: World, cli: Cli) -> None:
         reader = {"DATABASE_URL": roles.url(cli.environment["DATABASE_URL"], role)}
         for command in (
             ("why", "user-1"), ("history", "user-1"), ("stats",), ("forecast",), ("runs", "list"), ("plans", "list"),
-            ("runs", "show", run_id), ("users", "show", "user-1"),
+            ("runs", "show", run_id), ("users", "show", "user-1"), ("keys", "list"),
         ):  # fmt: skip
             done = cli(*command, **reader)
             assert done.returncode == 0, done

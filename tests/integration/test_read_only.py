@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 LOOKING = (
     "stats", "history ada", "why ada", "runs list", "forecast --days 3", "verify", "users show ada", "plans list",
-    "retention --months 13 --dry-run",
+    "retention --months 13 --dry-run", "keys list",
 )  # fmt: skip
 
 

@@ -143,7 +143,8 @@ ASKS: list[tuple[str, ...]] = [
     ("bulk-refresh", "--dry-run", "--yes", "--reason=x", "--plan={}"),
     ("bulk-refresh", "--dry-run", "--yes", "--reason=x", "--where={}"),
     ("bulk-refresh", "--dry-run", "--yes", "--reason=x", "--where=plan={}"),
-    ("db", "grants", "--host={}"),
+    ("db", "grants", "--host={}"), ("keys", "create", "--scope=read", "--name={}"), ("keys", "revoke", "--", "{}"),
+    ("keys", "create", "--scope=read", "--name=x", "--expires={}"),
 ]  # fmt: skip
 
 
