@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from embedded import Servers
     from embedded.processes import Supervisor
 
-_CELERY = (sys.executable, "-m", "celery", "-A", "tasks")
-
 
 class Service:
     """Starts workers, beat and Flower against given servers.
@@ -57,10 +55,18 @@ class Service:
             "--max-tasks=10000",
         )
 
+    def start_api(self, port: int, **secrets: str) -> None:
+        """The HTTP API on loopback. Secrets go by the environment, as above."""
+        self._environment.update(secrets)
+        self._run("api", "uvicorn", "api:app", f"--port={port}", "--no-access-log", "--no-server-header")
+
     def _start(self, name: str, *arguments: str) -> None:
+        self._run(name, "celery", "-A", "tasks", *arguments)
+
+    def _run(self, name: str, *arguments: str) -> None:
         self._supervisor.start(
             name,
-            [*_CELERY, *arguments],
+            [sys.executable, "-m", *arguments],
             env=self._environment,
             cwd=CHECKOUT,
             log=self._logs / f"{name}.log" if self._logs else None,

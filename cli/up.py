@@ -20,15 +20,19 @@ from embedded.processes import Supervisor, unwind_on_signals
 if TYPE_CHECKING:
     from embedded import Servers
 
+API_PORT = 8000
 FLOWER_PORT = 5555
 
 
 @click.command()
 @click.option("--workers", default=2, show_default=True, type=click.IntRange(1, 64), help="Worker processes.")
+@click.option("--api-port", type=click.IntRange(1, 65_535), help="Default: 8000, or any free one.")
 @click.option("--flower-port", type=click.IntRange(1, 65_535), help="Default: 5555, or any free one.")
 @click.pass_context
-def up(ctx: click.Context, *, workers: int, flower_port: int | None) -> None:
-    """Run workers, beat and Flower until Ctrl-C, on embedded servers.
+def up(ctx: click.Context, *, workers: int, api_port: int | None, flower_port: int | None) -> None:
+    """Run workers, beat, the HTTP API and Flower until Ctrl-C, on embedded servers.
+
+    The HTTP API takes ADMIN_TOKEN from the environment; without, one is made for this time and shown.
 
     PostgreSQL and Redis are started too, and their data kept in .state, unless DATABASE_URL and REDIS_URL (or
     CELERY_BROKER_URL) name servers of yours. Other commands given meanwhile in this checkout find these servers.
@@ -40,8 +44,9 @@ def up(ctx: click.Context, *, workers: int, flower_port: int | None) -> None:
     """  # noqa: D301 - \b is Click's mark for a block that is not to be wrapped
     unwind_on_signals()
     loaded = settings.load()
-    port = flower_port or _free_port(FLOWER_PORT)
-    password = secrets.token_urlsafe(18)
+    port = flower_port or _free_port("--flower-port", FLOWER_PORT)
+    http = api_port or _free_port("--api-port", API_PORT)
+    password, token = secrets.token_urlsafe(18), secrets.token_urlsafe(24)
     own = loaded.database_url is None, loaded.broker_url is None
     with embedded.servers(INSTANCE, loaded.credits_state_dir, postgres=own[0], redis=own[1]) as running:
         servers = _with_given(running, loaded)
@@ -51,9 +56,12 @@ def up(ctx: click.Context, *, workers: int, flower_port: int | None) -> None:
             service.start_beat()
             for number in range(1, workers + 1):
                 service.start_worker(f"worker{number}")
+            service.start_api(http, **({"ADMIN_TOKEN": token} if loaded.admin_token is None else {}))
             service.start_flower(port, f"credits:{password}")
+            shown = "that of ADMIN_TOKEN" if loaded.admin_token is not None else f"{token}  (shown once)"
             err.print(
                 f"Database  {running.database_url or 'DATABASE_URL'}\n"
+                f"API       http://127.0.0.1:{http}/docs  admin token: {shown}\n"
                 f"Flower    http://127.0.0.1:{port}  user credits, password {password}  (shown once; read-only)\n"
                 "Ctrl-C ends it all.",
                 soft_wrap=True,
@@ -74,7 +82,7 @@ def _with_given(running: Servers, loaded: settings.Settings) -> Servers:
     )
 
 
-def _free_port(wanted: int) -> int:
+def _free_port(option: str, wanted: int) -> int:
     for port in (wanted, 0):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -83,4 +91,4 @@ def _free_port(wanted: int) -> int:
             except OSError:
                 continue
             return int(probe.getsockname()[1])
-    raise click.ClickException("no free port on 127.0.0.1 for Flower: name one with --flower-port")
+    raise click.ClickException(f"no free port on 127.0.0.1: name one with {option}")

@@ -292,10 +292,12 @@ noted AS (
     FROM left_alone AS l CROSS JOIN batch AS b
 ),
 noted_too AS (
-    INSERT INTO credit_audit_logs (actor, action, user_id, run_id, balance_before, balance_after, credits, detail)
+    INSERT INTO credit_audit_logs (
+        actor, action, user_id, run_id, balance_before, balance_after, credits, correlation_id, detail
+    )
     SELECT
         b.requested_by, CASE l.status WHEN 'failed' THEN 'refresh_failed' ELSE 'skipped' END, l.user_id, b.run_id,
-        l.credit_balance, l.credit_balance, 0,
+        l.credit_balance, l.credit_balance, 0, b.correlation_id,
         CASE l.status
             WHEN 'failed' THEN b.detail
             ELSE b.detail || jsonb_build_object('drifted', l.causes, 'verdict', l.verdict_now)

@@ -27,7 +27,7 @@ TAKE = """
 WITH batch AS MATERIALIZED (
     SELECT
         b.id, b.run_id, b.seq, b.user_ids, b.attempts, coalesce(r.as_of, now()) AS as_of, r.requested_by, r.reason,
-        r.force, r.keep_window, r.amount, r.subject_run_id,
+        r.metadata ->> 'correlationId' AS correlation_id, r.force, r.keep_window, r.amount, r.subject_run_id,
         -- Beat's rows need none.
         CASE WHEN r.source <> 'beat' THEN jsonb_build_object('reason', r.reason) END AS detail
     FROM credit_refresh_batches AS b
@@ -118,7 +118,9 @@ moved AS (
     RETURNING d.verdict, h.status, h.credits_added
 ),
 audit AS (
-    INSERT INTO credit_audit_logs (actor, action, user_id, run_id, balance_before, balance_after, credits, detail)
+    INSERT INTO credit_audit_logs (
+        actor, action, user_id, run_id, balance_before, balance_after, credits, correlation_id, detail
+    )
     SELECT
         b.requested_by,
         CASE
@@ -127,7 +129,7 @@ audit AS (
             ELSE 'held'
         END,
         d.user_id, b.run_id, d.credit_balance, d.credit_balance + coalesce(h.credits_added, 0),
-        coalesce(h.credits_added, 0), b.detail
+        coalesce(h.credits_added, 0), b.correlation_id, b.detail
     FROM decided AS d
     CROSS JOIN batch AS b
     LEFT JOIN history AS h ON h.user_id = d.user_id
@@ -210,9 +212,9 @@ counts AS (
     FROM batch AS b
 ),
 audit AS (
-    INSERT INTO credit_audit_logs (actor, action, run_id, credits, detail)
+    INSERT INTO credit_audit_logs (actor, action, run_id, credits, correlation_id, detail)
     SELECT
-        b.requested_by, 'planned', b.run_id, 0,
+        b.requested_by, 'planned', b.run_id, 0, b.correlation_id,
         jsonb_build_object('batch_id', b.id, 'users_planned', c.refreshed, 'credits_planned', c.credits)
     FROM counts AS c CROSS JOIN batch AS b
 )

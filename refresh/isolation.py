@@ -89,6 +89,7 @@ _FAIL_USER = f"""
 WITH batch AS MATERIALIZED (
     SELECT
         b.id, b.run_id, b.user_ids[1] AS user_id, r.dry_run, coalesce(r.as_of, now()) AS as_of, r.requested_by,
+        r.metadata ->> 'correlationId' AS correlation_id,
         r.reason,
         jsonb_strip_nulls(jsonb_build_object(
             'reason', CASE WHEN r.source <> 'beat' THEN r.reason END, 'error', %(error)s::text
@@ -113,8 +114,12 @@ history AS (
     FROM batch AS b CROSS JOIN locked AS l
 ),
 audit AS (
-    INSERT INTO credit_audit_logs (actor, action, user_id, run_id, balance_before, balance_after, credits, detail)
-    SELECT b.requested_by, 'refresh_failed', l.id, b.run_id, l.credit_balance, l.credit_balance, 0, b.detail
+    INSERT INTO credit_audit_logs (
+        actor, action, user_id, run_id, balance_before, balance_after, credits, correlation_id, detail
+    )
+    SELECT
+        b.requested_by, 'refresh_failed', l.id, b.run_id, l.credit_balance, l.credit_balance, 0, b.correlation_id,
+        b.detail
     FROM batch AS b CROSS JOIN locked AS l
 ),
 found AS (

@@ -74,6 +74,7 @@ _DECIDE = f"""
 WITH batch AS MATERIALIZED (
     SELECT
         b.id, b.run_id, b.seq, b.user_ids, b.attempts, r.requested_by, r.reason,
+        r.metadata ->> 'correlationId' AS correlation_id,
         jsonb_build_object('reason', r.reason, 'reversedRun', r.subject_run_id) AS detail
     FROM credit_refresh_batches AS b
     JOIN credit_refresh_runs AS r ON r.id = b.run_id
@@ -181,10 +182,12 @@ moved AS (
     WHERE u.id = d.user_id AND h.status = 'reversed'
 ),
 audit AS (
-    INSERT INTO credit_audit_logs (actor, action, user_id, run_id, balance_before, balance_after, credits, detail)
+    INSERT INTO credit_audit_logs (
+        actor, action, user_id, run_id, balance_before, balance_after, credits, correlation_id, detail
+    )
     SELECT
         b.requested_by, CASE h.status WHEN 'failed' THEN 'refresh_failed' ELSE h.status END, d.user_id, b.run_id,
-        d.credit_balance, d.credit_balance + h.credits_added, h.credits_added,
+        d.credit_balance, d.credit_balance + h.credits_added, h.credits_added, b.correlation_id,
         b.detail || CASE h.status
             WHEN 'reversed' THEN jsonb_build_object('shortfall', h.shortfall)
             WHEN 'skipped' THEN jsonb_build_object('skipped', d.verdict)
@@ -212,9 +215,9 @@ history AS (
     ON CONFLICT DO NOTHING -- whoever gives beat's reason as theirs gets no second row for a window
 ),
 audit AS (
-    INSERT INTO credit_audit_logs (actor, action, run_id, credits, detail)
+    INSERT INTO credit_audit_logs (actor, action, run_id, credits, correlation_id, detail)
     SELECT
-        b.requested_by, 'planned', b.run_id, 0, b.detail || jsonb_build_object(
+        b.requested_by, 'planned', b.run_id, 0, b.correlation_id, b.detail || jsonb_build_object(
             'batch_id', b.id, 'users_planned', (SELECT count(*) FROM reversals),
             'credits_planned', (SELECT coalesce(sum(credits_added), 0) FROM reversals)
         )

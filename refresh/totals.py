@@ -33,10 +33,14 @@ class Finished:
     users_failed: int
     credits_granted: int
     seconds: float
+    correlation_id: str | None
 
     def facts(self) -> dict[str, object]:
-        """What a log line or a JSON answer says of it."""
-        return {**asdict(self), "run_id": str(self.run_id), "seconds": round(self.seconds, 3)}
+        """What a log line says of it."""
+        facts = {**asdict(self), "run_id": str(self.run_id), "seconds": round(self.seconds, 3)}
+        if self.correlation_id is None:
+            del facts["correlation_id"]
+        return facts
 
 
 # Cheap enough to ask after every message: one look at the run's last pending batch. As NOT EXISTS it is joined, and
@@ -85,7 +89,7 @@ WHERE r.id = t.run_id AND r.status = 'running'
     ) IS NULL
 RETURNING r.id AS run_id, r.kind, r.work, r.status, r.dry_run, r.users_selected, r.users_refreshed, r.users_held,
     r.users_skipped, r.users_failed, r.credits_granted,
-    extract(epoch FROM r.finished_at - r.started_at)::float AS seconds
+    extract(epoch FROM r.finished_at - r.started_at)::float AS seconds, r.metadata ->> 'correlationId' AS correlation_id
 """
 
 

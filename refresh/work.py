@@ -33,6 +33,7 @@ class Pending:
         paced: its run has a pace, so whoever does it waits for its turn before (pacing.py).
         far_from_end: so many later batches of its run are pending that whoever does it need not look whether the run
             has ended.
+        correlation_id: of the request that opened its run.
     """
 
     id: int
@@ -43,6 +44,7 @@ class Pending:
     atomic: bool
     paced: bool
     far_from_end: bool
+    correlation_id: str | None
 
 
 FAR_MESSAGES = 100
@@ -56,7 +58,8 @@ SELECT b.id, b.run_id, r.work, r.dry_run, cardinality(b.user_ids) = 1 AS lone, b
     b.id + %(far)s < (
         SELECT p.id FROM credit_refresh_batches AS p WHERE p.run_id = b.run_id AND p.status = 'pending'
         ORDER BY p.id DESC LIMIT 1
-    ) AS far_from_end
+    ) AS far_from_end,
+    r.metadata ->> 'correlationId' AS correlation_id
 FROM credit_refresh_batches AS b JOIN credit_refresh_runs AS r ON r.id = b.run_id
 WHERE b.id = ANY (%(ids)s) AND b.status IS NOT DISTINCT FROM 'pending' -- not `=`: see TAKE
 ORDER BY b.id

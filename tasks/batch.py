@@ -42,6 +42,13 @@ def batch(batch_ids: list[int]) -> None:
 
 
 def _do(connection: psycopg.Connection[Any], pending: Pending) -> Outcome | None:
+    if pending.correlation_id is None:
+        return _do_logged(connection, pending)
+    with structlog.contextvars.bound_contextvars(correlation_id=pending.correlation_id):
+        return _do_logged(connection, pending)
+
+
+def _do_logged(connection: psycopg.Connection[Any], pending: Pending) -> Outcome | None:
     try:
         if pending.paced and not _await_turn(connection, pending.id):
             return None
