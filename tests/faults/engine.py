@@ -211,7 +211,7 @@ class Engine:
             text = f"{found.left} of {found.users} users were not refreshed {limit:.0f} s after {name}"
             self._story.find("recovery", text)
         elif found.seconds > bound:
-            text = f"the last of {found.users} users was refreshed {found.seconds:.1f} s after {name}; bound: {bound:.0f} s"
+            text = f"{found.users} users were refreshed {found.seconds:.1f} s after {name}; its bound is {bound:.0f} s"
             self._story.find("recovery", text)
         self._check(finished=False)
         self._look()
