@@ -125,8 +125,8 @@ worker_pool = "solo"
 worker_concurrency = 1
 worker_consumer = "tasks.consumer:Consumer"  # refuses what is not a message of ours
 # What lies in a killed worker's memory is found by upkeep, so keep it little; more buys nothing when a message
-# carries several batches.
-worker_prefetch_multiplier = 4
+# carries several batches. RabbitMQ gives as many of each queue: to a worker at a nightly task, upkeep's messages too.
+worker_prefetch_multiplier = 1 if _amqp else 4
 worker_hijack_root_logger = False
 worker_redirect_stdouts = False
 # Flower's eyes. They cost up to a twentieth of the throughput (`make bench`).

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,9 +21,10 @@ if TYPE_CHECKING:
     from tests.faults.faults.kinds import Hits
     from tests.faults.processes import Kept
 
-STEPPED = "processes whose clock stepped"
+STEPPED = "processes that wrote another time"
 _STEP_SECONDS = 2 * 3600
 _STAY_SECONDS = (6.0, 12.0)
+_WRITTEN = re.compile(r"\b20[0-9]{2}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}")
 _LIBRARIES = ("/usr/lib/*/faketime/libfaketime.so.1", "/usr/lib/faketime/libfaketime.so.1")
 _RUN_IN_SECONDS = 4.0
 """What a worker or a beat needs to start, lest its clock step before it has one."""
@@ -66,17 +69,25 @@ def _step(arena: Arena, random: Random, hits: Hits, steps: dict[Kept, int]) -> N
         kept.environment |= _faked(_file(arena, kept))
     _restart(steps)
     time.sleep(_RUN_IN_SECONDS)
+    said = {kept: kept.log.stat().st_size for kept in steps}
     for kept, seconds in steps.items():
         _set_clock(_file(arena, kept), seconds)
-        hits.count(STEPPED, seconds != 0)
     time.sleep(random.uniform(*_STAY_SECONDS))
     for kept in steps:
         _set_clock(_file(arena, kept), 0)
+        hits.count(STEPPED, _has_another_time(kept.log.read_bytes()[said[kept] :].decode(errors="replace")))
     time.sleep(random.uniform(*_STAY_SECONDS))
     for kept in steps:
         kept.environment = usual[kept]
     _restart(steps)
     _sweep()
+
+
+def _has_another_time(log: str) -> bool:
+    """Whether lines of a log were written at another hour: by a process that believes its clock."""
+    now = datetime.now(UTC)
+    written = (datetime.fromisoformat(text).replace(tzinfo=UTC) for text in _WRITTEN.findall(log))
+    return any(abs(now - at) > timedelta(hours=1) for at in written)
 
 
 def _file(arena: Arena, kept: Kept) -> Path:
