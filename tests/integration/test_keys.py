@@ -158,7 +158,7 @@ def test_what_was_revoked_or_never_there_is_refused_without_repeating_a_key(worl
         revoke(world, made.key, "cli:joe")
     secret = "S" * 43
     for text in (f"crs_aaaaaaaa_{secret}", f"crs_aaaaaaa_{secret}", secret, "", "\0", "'", "0" * 32):
-        with pytest.raises(RefusedError, match="^there is no key") as caught:
+        with pytest.raises(RefusedError, match=r"^there is no key") as caught:
             revoke(world, text)
         assert secret not in str(caught.value)
     assert [action for action, _, _ in audited(world)] == ["key_created", "key_revoked"]
