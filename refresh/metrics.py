@@ -222,42 +222,44 @@ CROSS JOIN LATERAL (
 
 
 class Reader:
-    """Reads snapshots, and remembers the totals of runs that ended long ago: the first one reads all of them.
+    """Reads snapshots, and remembers the totals of runs that ended long ago: the first one reads all of them."""
 
-    Args:
-        database: pooled, for whoever asks every few seconds.
-    """
-
-    def __init__(self, database: Database) -> None:
-        self._database = database
+    def __init__(self) -> None:
         self._alone = threading.Lock()
         self._settled: dict[Which, Ended] = {}
         self._until = _EPOCH
         self._running: set[UUID] = set()
 
-    def read(self) -> Snapshot:
+    def read(self, database: Database) -> Snapshot:
         """The service now.
 
+        Args:
+            database: the same one each time.
+
         Raises:
-            DatabaseError, psycopg.Error: the database does not answer, or not in time.
+            DatabaseError, psycopg.Error: it does not answer, or not in time.
         """
-        with self._alone, self._database.transaction() as connection:
+        with self._alone, database.transaction() as connection:
             connection.execute(_BEGIN)
-            connection.execute(_BY_INDEX, {"timeout": f"{TIMEOUT // timedelta(milliseconds=1)}ms"})
-            at, enabled, all_dry, last_scan_at, last_success_at = one(connection.execute(_SITUATION))
-            users_due, due_since = one(connection.execute(_DUE, {"limit": USERS_MAX}))
-            return Snapshot(
-                at=at,
-                enabled=enabled,
-                all_dry=all_dry,
-                last_scan_at=last_scan_at,
-                last_success_at=last_success_at,
-                users_due=users_due,
-                due_since=due_since,
-                pending=_pending(connection),
-                ended=self._ended(connection, at),
-                batch_seconds=_sample(connection),
-            )
+            return self.look(connection)
+
+    def look(self, connection: psycopg.Connection[Any]) -> Snapshot:
+        """The same in a transaction that sees one snapshot; nobody else looks meanwhile."""
+        connection.execute(_BY_INDEX, {"timeout": f"{TIMEOUT // timedelta(milliseconds=1)}ms"})
+        at, enabled, all_dry, last_scan_at, last_success_at = one(connection.execute(_SITUATION))
+        users_due, due_since = one(connection.execute(_DUE, {"limit": USERS_MAX}))
+        return Snapshot(
+            at=at,
+            enabled=enabled,
+            all_dry=all_dry,
+            last_scan_at=last_scan_at,
+            last_success_at=last_success_at,
+            users_due=users_due,
+            due_since=due_since,
+            pending=_pending(connection),
+            ended=self._ended(connection, at),
+            batch_seconds=_sample(connection),
+        )
 
     def _ended(self, connection: psycopg.Connection[Any], at: datetime) -> dict[Which, Ended]:
         # Runs that were opened before `until` and have ended are added up for good. Those of them that were running
