@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from api.metrics import exposition
 from refresh.metrics import DURATIONS, ENDS, WORKS, Ended, Pending, Snapshot
+from settings import CHECKOUT
 from tasks.broker import Queues
 
 if TYPE_CHECKING:
@@ -132,3 +134,12 @@ def test_rabbitmq_says_nothing_of_what_is_not_acknowledged() -> None:
     assert samples(found) == {
         "credits_database_up": 0, "credits_broker_up": 1, "credits_queue_messages queue=bulk": 3
     }  # fmt: skip
+
+
+def test_the_page_names_each_metric_and_no_other() -> None:
+    page = (CHECKOUT / "docs" / "monitoring.md").read_text()
+    exposed = {
+        f"{family.name}_total" if family.type == "counter" else family.name
+        for family in families(SNAPSHOT, QUEUES).values()
+    } | {"credits_last_successful_scan_timestamp_seconds"}
+    assert set(re.findall(r"\bcredits_[a-z_]+", page)) == exposed
