@@ -9,6 +9,7 @@ from __future__ import annotations
 import click
 
 from bench.anatomy import anatomy
+from bench.api import api
 from bench.bloat import bloat
 from bench.brokers import brokers
 from bench.costs import costs
@@ -30,6 +31,7 @@ _BENCHMARKS = (
     growth_due,
     year,
     brokers,
+    api,
     host,
     idle,
     bloat,

@@ -17,6 +17,7 @@ import structlog
 import logs
 from celeryconfig import DEAD_LETTERS_MAX, DEAD_QUEUE, QueueNames
 from tasks.app import app
+from tasks.broker import is_amqp
 from tasks.publish import REFUSED, messages_waiting
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def letters() -> list[dict[str, Any]]:
         return []
     with app.connection_for_write() as connection:
         channel: Any = connection.default_channel
-        if _is_amqp(connection):
+        if is_amqp(connection):
             # Not acknowledged, they are in their places again once the connection is closed.
             return [_letter(message.body) for message in islice(_taken(channel), DEAD_LETTERS_MAX)]
         return [_letter(_unpacked(raw)) for raw in reversed(channel.client.lrange(QueueNames.DEAD, 0, -1))]
@@ -88,12 +89,8 @@ def drop() -> int:
 def _keep(connection: Connection, letter: dict[str, str | None]) -> None:
     producer: Any = connection.Producer(serializer="json")
     producer.publish(letter, routing_key=QueueNames.DEAD, declare=[DEAD_QUEUE])
-    if not _is_amqp(connection):  # RabbitMQ's queue says itself how long it may be
+    if not is_amqp(connection):  # RabbitMQ's queue says itself how long it may be
         producer.channel.client.ltrim(QueueNames.DEAD, 0, DEAD_LETTERS_MAX - 1)
-
-
-def _is_amqp(connection: Connection) -> bool:
-    return bool(connection.transport.driver_type == "amqp")
 
 
 def _taken(channel: Any) -> Iterator[Any]:

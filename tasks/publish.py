@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 import structlog
-from amqp.exceptions import AMQPError, ChannelError
+from amqp.exceptions import AMQPError
 from kombu.exceptions import KombuError
 from redis.exceptions import RedisError
 
@@ -15,6 +14,7 @@ import logs
 from celeryconfig import QueueNames, TaskNames
 from refresh import delivery
 from tasks.app import app
+from tasks.broker import is_amqp, queue_length
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -86,7 +86,7 @@ def _send(queue: str, messages: list[list[int]]) -> int:
     task: Any = app.tasks[TaskNames.BATCH]  # its type stubs know few of Celery's options
     producers: Any = app.amqp  # the type stubs do not know batch(), new in kombu 5.7
     with app.connection_for_write() as broker, producers.Producer(broker) as producer, producer.batch(MESSAGES_AT_ONCE):
-        amqp = broker.transport.driver_type == "amqp"
+        amqp = is_amqp(broker)
         try:
             producer.maybe_declare(app.amqp.queues[queue])
             # Without these, Celery declares the queue again for each message, and looks for the arguments' text for
@@ -107,12 +107,4 @@ def _send(queue: str, messages: list[list[int]]) -> int:
 def messages_waiting(queue: str) -> int:
     """Messages in a queue that no worker has taken."""
     with app.connection_for_write() as broker:
-        channel: Any = broker.default_channel
-        try:
-            return int(channel.queue_declare(queue, passive=True).message_count)
-        except ChannelError as error:
-            # Redis knows no empty list, RabbitMQ no queue before its first use. Any other answer is not a length, and
-            # must not pass for an empty queue.
-            if int(error.reply_code or 0) != HTTPStatus.NOT_FOUND:
-                raise
-            return 0
+        return queue_length(broker, queue)

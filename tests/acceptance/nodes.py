@@ -207,12 +207,24 @@ class LocalFlower(_Quick, CeleryTestContainer):  # type: ignore[misc]
     port: int = 0
 
 
+class LocalApi(_Quick, CeleryTestContainer):  # type: ignore[misc]
+    """The HTTP API: one uvicorn process."""
+
+    ready_prompt = "Uvicorn running on"
+    port: int = 0
+
+    @property
+    def url(self) -> str:
+        """Of its root."""
+        return f"http://127.0.0.1:{self.port}"
+
+
 def celery(*arguments: str) -> list[str]:
     """The command line of one of the service's processes."""
     return [sys.executable, "-m", "celery", "-A", "tasks", *arguments]
 
 
-Node = TypeVar("Node", LocalRedis, LocalWorker, LocalBeat, LocalFlower)
+Node = TypeVar("Node", LocalRedis, LocalWorker, LocalBeat, LocalFlower, LocalApi)
 
 
 class Launcher:
@@ -250,6 +262,14 @@ class Launcher:
         node = LocalFlower(
             self._run("flower", celery(*arguments), env={**env, "FLOWER_BASIC_AUTH": FLOWER_CREDENTIALS})
         )
+        node.port = port
+        return _ready(node)
+
+    def api(self, env: Mapping[str, str]) -> LocalApi:
+        """The HTTP API on a free port."""
+        port = free_port()
+        argv = [sys.executable, "-m", "uvicorn", "api:app", "--host=127.0.0.1", f"--port={port}"]
+        node = LocalApi(self._run("api", argv, env=env))
         node.port = port
         return _ready(node)
 

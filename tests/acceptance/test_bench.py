@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 SMALLEST = {
     "throughput": "--users 1000 --repetitions 1",
     "growth-table": "--users 7200 --smallest 720 --repetitions 1",
+    "api": "--users 20 --requests 40 --connections 2 --repetitions 1",
     "bloat": "--users 100 --rounds 20",
 }
 

@@ -14,6 +14,7 @@ import settings
 from bench.rabbitmq import RabbitMQ
 from celeryconfig import QueueNames, TaskNames
 from refresh import runs
+from tasks import broker
 from tasks.app import app, use_broker
 from tasks.publish import publish_queue
 from tests.integration.command import CREDITS
@@ -121,6 +122,8 @@ def test_the_service_works_on_rabbitmq_refuses_what_is_not_ours_and_comes_back_w
     late = open_late(database, ledger)
     use_broker(rabbitmq.url)
     assert publish_queue(database, QueueNames.BULK, max_attempts=5, run_id=late.run_id) == 0
+    with pytest.raises(OSError, match="refused"):
+        broker.ping()
     run, said = answer(refused_scan)
     assert run is None
     assert said.splitlines()[-1].endswith("(see CELERY_BROKER_URL)")
@@ -140,6 +143,10 @@ def test_the_service_works_on_rabbitmq_refuses_what_is_not_ours_and_comes_back_w
     assert texts["queues"].startswith("0 in control, 0 in batches, 0 in bulk")
     assert texts["dead letters"].startswith(f"{len(REASONS)} messages refused")
     assert texts["workers"].startswith("1 worker answering")
+    broker.ping()
+    assert broker.read_queues() == broker.Queues(
+        {"control": 0, "batches": 0, "bulk": 0, "dead": len(REASONS)}, unacked=None
+    )
     dropped, _ = answer(ask(env, "dead-letters", "--drop", "--yes"))
     assert dropped["dropped"] == len(REASONS)
     left, _ = answer(ask(env, "dead-letters"))

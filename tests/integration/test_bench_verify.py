@@ -48,3 +48,19 @@ def test_anything_else_is_not(world: World, database_url: str, what: str) -> Non
     world.sql.execute(SPOILT[what])
     with pytest.raises(SystemExit, match="exactly once"):
         verify(database_url, USERS)
+
+
+def test_everybody_alone_is_another_thing(world: World, database_url: str) -> None:
+    world.sql.execute("INSERT INTO users (external_id, plan_code, credit_balance) VALUES ('user-1', 'free', 1)")
+    world.sql.execute("UPDATE users SET next_refresh_at = now() - interval '1 hour'")
+    world.refresh()
+    verify(database_url, 1)
+    verify(database_url, 1, alone=True)
+    world.sql.execute(
+        "INSERT INTO users (external_id, plan_code, credit_balance, next_refresh_at)"
+        " VALUES ('user-2', 'free', 2, now() - interval '1 hour')"
+    )
+    world.refresh()
+    verify(database_url, 2, alone=True)
+    with pytest.raises(SystemExit, match="exactly once"):
+        verify(database_url, 2)

@@ -13,7 +13,7 @@ from uuid import UUID
 import psycopg
 import pytest
 
-from refresh import delivery, runs, totals
+from refresh import delivery, metrics, runs, totals
 from refresh.batch import GRANT_ALL, GRANT_MANY, GRANT_ONE, PLAN
 from refresh.closing import close_batch
 from refresh.work import pending_batches
@@ -31,6 +31,7 @@ USERS = 50_000
 DUE = 500
 IN_BATCHES = 101
 BATCHES_GOING_ON = 3_000
+RUNS_BEFORE = 2_000
 LARGE_BLOCKS = 8
 GOING_ON, NEW, DRY, SINGLE = UUID(int=1), UUID(int=2), UUID(int=3), UUID(int=4)
 
@@ -181,6 +182,16 @@ def minute(connection: psycopg.Connection[Any]) -> None:
     assert totals.finish_runs(connection) == []
 
 
+def scrape(connection: psycopg.Connection[Any]) -> None:
+    """What monitoring asks, for the first time and ever after."""
+    reader = metrics.Reader()
+    for _ in range(2):
+        found = reader.look(connection)
+        assert found.users_due == DUE
+        assert found.pending[1].batches == BATCHES_GOING_ON + 3
+        assert found.ended["refresh", False, "succeeded"].runs > RUNS_BEFORE
+
+
 def test_the_scan_goes_by_the_wake_index(crowd: psycopg.Connection[Any], explainer: Explainer) -> None:
     explained = explainer.explain(scan)
     for statement in explained:
@@ -230,3 +241,15 @@ def test_what_upkeep_asks_every_minute_looks_at_what_is_pending(
         assert statement.read_whole() & large_tables(crowd) == set()
         # A few blocks for each, where each one's run is looked up.
         assert statement.blocks < 6 * BATCHES_GOING_ON, statement.text
+
+
+def test_what_monitoring_asks_every_few_seconds_looks_at_who_is_due_and_what_is_pending(
+    crowd: psycopg.Connection[Any], explainer: Explainer
+) -> None:
+    explained = explainer.explain(scrape)
+    for statement in explained:
+        assert statement.read_whole() & large_tables(crowd) == set()
+    again = explained[len(explained) // 2 :]
+    assert any(statement.indexes("users") == {"ix_users_wake_at"} for statement in again)
+    # A block for each who is due, and less for a batch; the runs that ended are not read again.
+    assert sum(statement.blocks for statement in again) < 2 * DUE + BATCHES_GOING_ON
