@@ -127,11 +127,11 @@ class _Shared:
 
 
 def _limiter(url: str) -> MovingWindowRateLimiter:
-    pool = _pool(url)
+    pool = connections(url)
     return MovingWindowRateLimiter(RedisStorage("redis://", connection_pool=pool, key_prefix=KEY_PREFIX))
 
 
-def _pool(url: str) -> redis.ConnectionPool:
+def connections(url: str) -> redis.ConnectionPool:
     """Connections to the Redis that Celery finds at the URL: what it reads in its own way is read alike here."""
     parts = urlsplit(url)
     query = dict(parse_qsl(parts.query))
