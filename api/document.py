@@ -33,6 +33,9 @@ class Documented(FastAPI):
 def _illustrate(operation: dict[str, Any]) -> None:
     if "HTTPValidationError" in str(operation["responses"].get("422")):
         del operation["responses"]["422"]  # FastAPI's own: what is invalid is a problem, where it is documented
+    for parameter in operation.get("parameters", ()):
+        if parameter["name"] == "Idempotency-Key":
+            parameter["required"] = "400" in operation["responses"]
     contents = [answer.get("content", {}) for answer in operation["responses"].values()]
     contents.append(operation.get("requestBody", {}).get("content", {}))
     for content in contents:

@@ -188,7 +188,7 @@ GUARDED = documented("unauthenticated", "forbidden", "too-many-requests", "unava
 
 
 def install(app: FastAPI) -> None:
-    """Turn every exception into a problem."""
+    """Turn exceptions into problems; those that nobody has foreseen, access_log.py does."""
     app.add_exception_handler(Problem, _answer_problem)
     app.add_exception_handler(RefusedError, _answer_refused)
     app.add_exception_handler(InvalidRequestError, _answer_contradiction)
@@ -196,7 +196,6 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _answer_http)
     for unavailable in (DatabaseError, PoolTimeoutError, psycopg.OperationalError, psycopg.errors.LockNotAvailable):
         app.add_exception_handler(unavailable, _answer_unavailable)
-    app.add_exception_handler(Exception, _answer_defect)
 
 
 # Coroutines, so that an answer that takes no time waits for no thread.
@@ -269,7 +268,8 @@ async def _answer_unavailable(request: Request, error: Exception) -> JSONRespons
     return _answer(request, "unavailable", detail, headers={"Retry-After": str(RETRY_SECONDS)})
 
 
-async def _answer_defect(request: Request, error: Exception) -> JSONResponse:
+def defect(request: Request, error: Exception) -> JSONResponse:
+    """The answer to what nobody has foreseen: the log knows more."""
     log.error("A defect", exc_info=error)
     return _answer(request, "internal", KINDS["internal"].meaning)
 

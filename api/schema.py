@@ -74,7 +74,7 @@ Amount = Annotated[
         {
             "anyOf": [
                 {"type": "integer", "minimum": 1, "maximum": SAFE_INTEGER},
-                {"type": "string", "pattern": "^[1-9][0-9]{0,17}$"},
+                {"type": "string", "pattern": "^[1-9][0-9]{0,18}$"},
             ]
         }
     ),

@@ -35,7 +35,9 @@ POLL_SECONDS = 0.5
 RECONNECT_MS = 1_000
 
 RunId = Annotated[UUID, Path(alias="runId")]
-LastEventId = Annotated[str | None, Header(description="Sent by whoever connects again: the `id` of the last event.")]
+LastEventId = Annotated[
+    str | None, Header(alias="Last-Event-ID", description="Sent by whoever connects again: the `id` of the last event.")
+]
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("credits.api")
 

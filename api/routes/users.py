@@ -168,7 +168,8 @@ def refresh_settings(
     database: Db,
     response: Response,
     if_match: Annotated[
-        str | None, Header(description="The `ETag` that was read: nothing changes if it is another by now.")
+        str | None,
+        Header(alias="If-Match", description="The `ETag` that was read: nothing changes if it is another by now."),
     ] = None,
 ) -> dict[str, Any]:
     """The scope `support` sets and ends holds; the day, the amount and the time zone are for `admin`."""

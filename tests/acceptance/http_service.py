@@ -7,6 +7,7 @@ import uuid
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 import httpx
 import jwt
@@ -64,7 +65,7 @@ def problem(answer: httpx.Response, status: int, slug: str) -> dict[str, Any]:
     assert (said["type"], said["status"]) == (f"/problems/{slug}", status), said
     assert said["title"]
     assert said["detail"]
-    assert said["instance"] == answer.request.url.raw_path.decode().partition("?")[0]
+    assert unquote(said["instance"]) == unquote(answer.request.url.raw_path.decode().partition("?")[0])
     assert said["correlationId"] == answer.headers["x-correlation-id"]
     assert not any(word in answer.text for word in ("Traceback", "psycopg", ".py", "SELECT", "sqlalchemy"))
     return said

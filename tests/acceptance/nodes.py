@@ -273,7 +273,8 @@ class Launcher:
         """The HTTP API on a free port."""
         number = sum(process.name.startswith("api") for process in self.processes) + 1
         port = free_port()
-        argv = [sys.executable, "-m", "uvicorn", "api:app", f"--port={port}", "--no-access-log", "--no-server-header"]
+        options = ("--no-access-log", "--no-server-header", "--timeout-graceful-shutdown=1")
+        argv = [sys.executable, "-m", "uvicorn", "api:app", f"--port={port}", *options]
         node = LocalApi(self._run(f"api{number}", argv, env=env))
         node.port = port
         return _ready(node)

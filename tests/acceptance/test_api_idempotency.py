@@ -101,7 +101,7 @@ def test_a_key_has_to_be_one(client: httpx.Client, world: World, key: str | byte
     world.user("whoever")
     answer = client.post(single("whoever"), json={}, headers={"Idempotency-Key": key})
     said = problem(answer, 422, "invalid-request")
-    assert said["errors"][0]["field"] == "header.idempotency-key"
+    assert said["errors"][0]["field"] == "header.Idempotency-Key"
     assert world.value("SELECT count(*) FROM credit_refresh_runs WHERE idempotency_key = %s", str(key)) == 0
 
 
