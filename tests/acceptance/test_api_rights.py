@@ -16,7 +16,7 @@ from fastapi.routing import iter_route_contexts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from api.app import create_app
+from api.application import create_app
 from settings import Settings
 from tests.acceptance.http_service import ADMIN_TOKEN, CRON_SECRET, JWT_SECRET, bearer, fresh_key, problem, signed
 
