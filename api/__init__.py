@@ -6,9 +6,12 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    """Build `api:app` when a server asks for it: whoever imports a module of this package needs no environment."""
+    """Build `api:app` when a server asks for it, once: whoever imports a module of this package needs no environment.
+
+    No module here may be called `app`: importing it would put it in the application's place.
+    """
     if name != "app":
         raise AttributeError(name)
-    from api.app import from_environment  # noqa: PLC0415
+    from api.application import from_environment  # noqa: PLC0415
 
-    return from_environment()
+    return globals().setdefault("app", from_environment())

@@ -1,4 +1,7 @@
-"""One line for each request, and the request's correlation id for every line that is logged meanwhile."""
+"""One line for each request, and the request's correlation id for every line that is logged meanwhile.
+
+What nobody has foreseen is answered here: further out, an answer would not carry the id.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,9 @@ from typing import TYPE_CHECKING
 
 import structlog
 from asgi_correlation_id import correlation_id
+from fastapi import Request
+
+from api.problems import defect
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -25,7 +31,7 @@ class AccessLog:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, status = time.perf_counter(), 500
+        began, status = time.perf_counter(), 0
 
         async def note_status(message: Message) -> None:
             nonlocal status
@@ -36,6 +42,10 @@ class AccessLog:
         with structlog.contextvars.bound_contextvars(correlation_id=correlation_id.get()):
             try:
                 await self._app(scope, receive, note_status)
+            except Exception as error:
+                if status:  # the answer had begun
+                    raise
+                await defect(Request(scope), error)(scope, receive, note_status)
             finally:
                 log.info(
                     "Request",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 from uuid import UUID
 
 from pydantic import Field
 
-from api.schema import Answer, Credits, Instant
+from api.schema import Answer, Credits, Instant, Json
 
 RunKind = Literal["refresh", "apply", "rollback", "retry", "regrid"]
 RunSource = Literal["beat", "cli", "api", "cron", "stripe"]
@@ -261,7 +261,7 @@ class RunDetail(Run):
     slot: Instant | None
     parent_run_id: UUID | None
     subject_run_id: UUID | None
-    selection: dict[str, Any]
+    selection: Json
     force: bool
     keep_window: bool
     amount: Credits | None

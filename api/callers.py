@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from fastapi import Depends, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from refresh.keys import check_key
 
 from api.problems import Problem
 from api.tokens import JwksUnavailableError, Tokens
+from refresh.keys import check_key
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -80,15 +80,15 @@ def identify(request: Request, shown: Annotated[HTTPAuthorizationCredentials | N
 
 def _recognise(request: Request, token: str) -> Caller | None:
     config: Settings = request.app.state.config
+    if _same(token, config.admin_token):
+        return Caller("admin", "api:admin-token", frozenset({"admin"}))
+    if _same(token, config.cron_secret):
+        return Caller("cron", "api:cron")
     if token.startswith(KEY_BEGINS):
         database: Database = request.app.state.database
         with database.statements() as connection:
             key = check_key(connection, token)
         return Caller("key", f"api:key:{KEY_BEGINS}{key.prefix}", frozenset(key.scopes)) if key else None
-    if _same(token, config.admin_token):
-        return Caller("admin", "api:admin-token", frozenset({"admin"}))
-    if _same(token, config.cron_secret):
-        return Caller("cron", "api:cron")
     tokens: Tokens = request.app.state.tokens
     try:
         subject = tokens.subject(token)

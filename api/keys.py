@@ -20,6 +20,7 @@ RETRY_SECONDS = 1
 IdempotencyKey = Annotated[
     str | None,
     Header(
+        alias="Idempotency-Key",
         min_length=1,
         max_length=KEY_MAX,
         pattern=r"^[\x21-\x7e]+$",

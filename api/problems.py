@@ -5,18 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import psycopg
 import structlog
 from asgi_correlation_id import correlation_id
 from fastapi import APIRouter
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
+from fastapi.utils import is_body_allowed_for_status_code
+from pydantic import Field
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from starlette.exceptions import HTTPException
 
-from api.schema import to_wire
-from db import DatabaseError
+from api.schema import Answer, to_wire
+from db import DatabaseError, one_line
 from refresh.runs import KeyReusedError, NotFoundError, NotOpened, RefusedError
 from refresh.single import NotGrantedError
 from refresh.user_settings import ChangedError
@@ -28,6 +31,9 @@ if TYPE_CHECKING:
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_SECONDS = 5
+ERRORS_IN_DETAIL = 5
+ERRORS_MAX = 100
+"""Of a list of 100,000 ids, each may be wrong."""
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("credits.api")
 router = APIRouter(tags=["problems"])
@@ -70,6 +76,7 @@ KINDS = {
     "precondition-failed": Kind(
         412, "Precondition failed", "The settings have changed since they were read: read them again."
     ),
+    "too-large": Kind(413, "Too large", "The request's body is larger than this address takes."),
     "too-many-requests": Kind(429, "Too many requests", "More than the rate allows; `Retry-After` says when to go on."),
     "unavailable": Kind(503, "Unavailable", "The database or another server does not answer. It is safe to ask again."),
     "internal": Kind(
@@ -94,6 +101,36 @@ class Problem(Exception):  # noqa: N818 - RFC 9457's word
         super().__init__(detail)
         self.slug, self.detail = slug, detail
         self.headers, self.more = dict(headers or {}), dict(more or {})
+
+
+class FieldError(Answer):
+    """What is wrong with one field."""
+
+    field: str = Field(description="In camelCase, with dots; of a query or a header with its place: `query.limit`.")
+    message: str
+
+
+class ProblemAnswer(Answer):
+    """An error (RFC 9457)."""
+
+    type: str = Field(description="A URI relative to this server; GET explains it.")
+    title: str
+    status: int
+    detail: str = Field(description="For people: what was wrong with this very request.")
+    instance: str = Field(description="What was asked for.")
+    correlation_id: str | None = Field(description="Under which the service's log has it.")
+    errors: list[FieldError] | None = Field(None, description="Of `invalid-request` alone.")
+    outcome: str | None = Field(None, description="Of `not-granted` alone: a verdict, already_granted or unfinished.")
+    verdict: dict[str, Any] | None = Field(None, description="Of `not-granted` alone: as GET …/refresh-verdict.")
+
+
+class Meaning(Answer):
+    """What a type of problem means."""
+
+    type: str
+    title: str
+    status: int
+    meaning: str
 
 
 def not_opened(refused: NotOpened) -> Problem:
@@ -127,7 +164,8 @@ def _schema(slugs: list[str]) -> dict[str, Any]:
                             "title": KINDS[slug].title,
                             "status": KINDS[slug].status,
                             "detail": KINDS[slug].meaning,
-                            "correlationId": "4f0c…",
+                            "instance": "/api/…",
+                            "correlationId": "4f0c6ae7b1d94b0f8a5d3f6d2c1e9b70",
                         }
                     }
                     for slug in slugs
@@ -145,11 +183,12 @@ def documented(*slugs: str) -> dict[int | str, dict[str, Any]]:
     return {status: _schema(same) for status, same in statuses.items()}
 
 
-COMMON = documented("unauthenticated", "forbidden", "invalid-request", "too-many-requests", "unavailable", "internal")
+GUARDED = documented("unauthenticated", "forbidden", "too-many-requests", "unavailable")
+"""Of every route that asks who is there."""
 
 
 def install(app: FastAPI) -> None:
-    """Turn every exception into a problem."""
+    """Turn exceptions into problems; those that nobody has foreseen, access_log.py does."""
     app.add_exception_handler(Problem, _answer_problem)
     app.add_exception_handler(RefusedError, _answer_refused)
     app.add_exception_handler(InvalidRequestError, _answer_contradiction)
@@ -157,66 +196,91 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _answer_http)
     for unavailable in (DatabaseError, PoolTimeoutError, psycopg.OperationalError, psycopg.errors.LockNotAvailable):
         app.add_exception_handler(unavailable, _answer_unavailable)
-    app.add_exception_handler(Exception, _answer_defect)
 
 
-def _answer_problem(_request: Request, error: Exception) -> JSONResponse:
+# Coroutines, so that an answer that takes no time waits for no thread.
+async def _answer_problem(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, Problem)  # noqa: S101 - install() says so; the same below
-    return _answer(error.slug, error.detail, headers=error.headers, more=error.more)
+    return _answer(request, error.slug, error.detail, headers=error.headers, more=error.more)
 
 
-def _answer_refused(_request: Request, error: Exception) -> JSONResponse:
+async def _answer_refused(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, NotGrantedError):
-        return _answer("not-granted", str(error), more={"outcome": error.outcome, "verdict": error.verdict.facts()})
+        more = {"outcome": error.outcome, "verdict": error.verdict.facts()}
+        return _answer(request, "not-granted", str(error), more=more)
     slugs = {NotFoundError: "not-found", KeyReusedError: "idempotency-key-reused", ChangedError: "precondition-failed"}
-    return _answer(slugs.get(type(error), "refused"), str(error))
+    return _answer(request, slugs.get(type(error), "refused"), str(error))
 
 
-def _answer_contradiction(_request: Request, error: Exception) -> JSONResponse:
+async def _answer_contradiction(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, InvalidRequestError)  # noqa: S101
-    return _invalid([{"field": error.field, "message": error.message}])
+    return _invalid(request, [{"field": error.field, "message": error.message}])
 
 
-def _answer_invalid(_request: Request, error: Exception) -> JSONResponse:
+async def _answer_invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)  # noqa: S101
-    return _invalid([{"field": _field(found["loc"]), "message": str(found["msg"])} for found in error.errors()])
+    return _invalid(request, [{"field": _field(found), "message": _message(found)} for found in error.errors()])
 
 
-def _invalid(errors: list[dict[str, str]]) -> JSONResponse:
-    detail = "; ".join(f"{error['field']}: {error['message']}" for error in errors)
-    return _answer("invalid-request", detail, more={"errors": errors})
+def _invalid(request: Request, errors: list[dict[str, str]]) -> JSONResponse:
+    shown = [f"{error['field']}: {error['message']}" for error in errors[:ERRORS_IN_DETAIL]]
+    more = [f"and {len(errors) - len(shown)} more"] if len(errors) > len(shown) else []
+    return _answer(request, "invalid-request", "; ".join(shown + more), more={"errors": errors[:ERRORS_MAX]})
 
 
-def _field(where: tuple[int | str, ...]) -> str:
+def _field(found: Mapping[str, Any]) -> str:
     """`body.reason` as `reason`; a query's or header's field with its place."""
-    place, *names = map(str, where)
+    place, *names = map(str, found["loc"])
+    if found["type"] == "json_invalid":
+        return place
     return ".".join(names if place == "body" and names else [place, *names])
+
+
+def _message(found: Mapping[str, Any]) -> str:
+    """Without what pydantic puts before our own texts."""
+    if found["type"] == "json_invalid":
+        return f"is no JSON: {found['ctx']['error']} at character {found['loc'][1]}"
+    return str(found["msg"]).removeprefix("Value error, ")
 
 
 _BY_STATUS = {kind.status: slug for slug, kind in reversed(KINDS.items())}
 
 
-def _answer_http(_request: Request, error: Exception) -> JSONResponse:
-    """What the framework itself refuses: unknown addresses and methods, bodies that are no JSON."""
+async def _answer_http(request: Request, error: Exception) -> Response:
+    """What the framework itself refuses: unknown addresses and methods, bodies that are no JSON or too large."""
     assert isinstance(error, HTTPException)  # noqa: S101
-    slug = {404: "not-found", 405: "method-not-allowed", 400: "invalid-request"}.get(error.status_code)
+    if not is_body_allowed_for_status_code(error.status_code):
+        return Response(status_code=error.status_code, headers=error.headers)
+    slug = {400: "invalid-request", 404: "not-found"}.get(error.status_code)
     slug = slug or _BY_STATUS.get(error.status_code, "internal")
-    return _answer(slug, str(error.detail), headers=dict(error.headers or {}))
+    detail = {
+        "not-found": "there is nothing at this address",
+        "method-not-allowed": f"this address knows no {request.method}",
+        "invalid-request": "the body cannot be read",
+        "too-large": "the body is too large",
+    }.get(slug, str(error.detail))
+    return _answer(request, slug, detail, headers=dict(error.headers or {}))
 
 
-def _answer_unavailable(_request: Request, error: Exception) -> JSONResponse:
-    log.warning("A request could not be answered", error=str(error).splitlines()[0] if str(error) else repr(error))
+async def _answer_unavailable(request: Request, error: Exception) -> JSONResponse:
+    log.warning("A request could not be answered", error=one_line(error))
     detail = "the database does not answer, or has a row of the request locked"
-    return _answer("unavailable", detail, headers={"Retry-After": str(RETRY_SECONDS)})
+    return _answer(request, "unavailable", detail, headers={"Retry-After": str(RETRY_SECONDS)})
 
 
-def _answer_defect(_request: Request, error: Exception) -> JSONResponse:
+def defect(request: Request, error: Exception) -> JSONResponse:
+    """The answer to what nobody has foreseen: the log knows more."""
     log.error("A defect", exc_info=error)
-    return _answer("internal", KINDS["internal"].meaning)
+    return _answer(request, "internal", KINDS["internal"].meaning)
 
 
 def _answer(
-    slug: str, detail: str, *, headers: Mapping[str, str] | None = None, more: Mapping[str, Any] | None = None
+    request: Request,
+    slug: str,
+    detail: str,
+    *,
+    headers: Mapping[str, str] | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> JSONResponse:
     kind = KINDS[slug]
     content = {
@@ -224,6 +288,7 @@ def _answer(
         "title": kind.title,
         "status": kind.status,
         "detail": detail,
+        "instance": quote(request.scope["path"]),
         "correlationId": correlation_id.get(),
         **(more or {}),
     }
@@ -231,7 +296,12 @@ def _answer(
     return JSONResponse(to_wire(content), kind.status, {**authenticate, **(headers or {})}, MEDIA_TYPE)
 
 
-@router.get("/problems/{slug}", summary="What a type of problem means", responses=documented("not-found"))
+@router.get(
+    "/problems/{slug}",
+    response_model=Meaning,
+    summary="What a type of problem means",
+    responses=documented("not-found"),
+)
 def explain_problem(slug: str) -> dict[str, Any]:
     """The page behind a problem's `type`; open to everybody."""
     if slug not in KINDS:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from datetime import date
-from typing import Any
 from uuid import UUID
 
-from api.schema import Answer, Credits, Instant
+from api.schema import Answer, Credits, Instant, Json
 
 
 class RunTotals(Answer):
@@ -149,8 +148,8 @@ class Outlook(Total):
 class Change(Answer):
     """A plan as it is and as it would be."""
 
-    before: dict[str, Any] | None
-    after: dict[str, Any]
+    before: Json
+    after: Json
     users_moved: int
 
 

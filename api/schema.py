@@ -6,13 +6,30 @@ credits beyond it are decimal strings, in both directions.
 
 from __future__ import annotations
 
+import re
+from datetime import UTC, datetime
 from typing import Annotated, Any
 
-from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    StrictBool,
+    StrictInt,
+    WithJsonSchema,
+)
 from pydantic.alias_generators import to_camel
 
 SAFE_INTEGER = 2**53 - 1
 BIGINT_MAX = 2**63 - 1
+
+FIRST = datetime(1970, 1, 1, tzinfo=UTC)
+END = datetime(3000, 1, 1, tzinfo=UTC)
+"""Instants that somebody asks for lie between: there is nothing before, and Python knows no year after 9999."""
 
 
 def exact(number: int) -> int | str:
@@ -57,15 +74,50 @@ Amount = Annotated[
         {
             "anyOf": [
                 {"type": "integer", "minimum": 1, "maximum": SAFE_INTEGER},
-                {"type": "string", "pattern": "^[1-9][0-9]{0,17}$"},
+                {"type": "string", "pattern": "^[1-9][0-9]{0,18}$"},
             ]
         }
     ),
 ]
 """Credits that somebody asks for."""
 
+Json = Annotated[Any, PlainSerializer(to_wire)]
+"""Whatever was stored as JSON."""
+
 Instant = AwareDatetime
-"""ISO 8601 with an offset: an instant without one is nobody's."""
+"""In an answer: ISO 8601 with an offset."""
+
+
+def _written(value: object) -> object:
+    """No number: what is a date to whoever sends one may be another to us."""
+    if not isinstance(value, str) or not re.match(r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt ]", value):
+        raise ValueError("must be an instant such as 2026-12-01T00:00:00Z")
+    return value
+
+
+def _within(value: datetime) -> datetime:
+    if not FIRST <= value < END:
+        raise ValueError(f"must lie in the years {FIRST.year} to {END.year - 1}")
+    return value
+
+
+Moment = Annotated[AwareDatetime, BeforeValidator(_written), AfterValidator(_within)]
+"""In a request: ISO 8601 with an offset, for an instant without one is nobody's."""
+
+
+def _storable(value: str) -> str:
+    if "\0" in value:
+        raise ValueError("must not have the character of code 0")
+    return value
+
+
+Text = Annotated[str, AfterValidator(_storable)]
+"""In a request: what PostgreSQL can store."""
+
+Flag = StrictBool
+"""In a body: true or false, and no word for it. `"dryRun": "off"` would be a live run."""
+Number = StrictInt
+"""In a body: a whole number, and no text of one."""
 
 
 class Body(BaseModel):

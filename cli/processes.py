@@ -58,7 +58,9 @@ class Service:
     def start_api(self, port: int, **secrets: str) -> None:
         """The HTTP API on loopback. Secrets go by the environment, as above."""
         self._environment.update(secrets)
-        self._run("api", "uvicorn", "api:app", f"--port={port}", "--no-access-log", "--no-server-header")
+        # Streams of a run's progress last as long as somebody looks: they are cut, and the browser connects again.
+        options = ("--no-access-log", "--no-server-header", "--timeout-graceful-shutdown=5")
+        self._run("api", "uvicorn", "api:app", f"--port={port}", *options)
 
     def _start(self, name: str, *arguments: str) -> None:
         self._run(name, "celery", "-A", "tasks", *arguments)

@@ -28,12 +28,13 @@ _PENDING = "SELECT id FROM credit_refresh_batches WHERE run_id = %(run_id)s AND 
 _PAUSE = "SELECT pg_sleep(%s)"
 
 
-def do_at_once(connection: psycopg.Connection[Any], run_id: UUID) -> str | None:
+def do_at_once(connection: psycopg.Connection[Any], run_id: UUID, *, attempts: int = LOCK_ATTEMPTS) -> str | None:
     """Do what is left of a run, and end it.
 
     Args:
         connection: in autocommit.
         run_id: a run of few users, committed.
+        attempts: how often a user is tried whom somebody has locked.
 
     Returns:
         Why something is left, for people: upkeep and the workers go on with it. None when the run has ended.
@@ -42,7 +43,7 @@ def do_at_once(connection: psycopg.Connection[Any], run_id: UUID) -> str | None:
         psycopg.Error: the connection is gone; upkeep and the workers go on.
     """
     error = None
-    for _ in range(LOCK_ATTEMPTS):
+    for _ in range(attempts):
         ids = [id_ for (id_,) in connection.execute(_PENDING, {"run_id": run_id})]
         if not ids:
             break

@@ -9,7 +9,7 @@ from uuid import UUID  # noqa: TC003 - the same
 
 from psycopg.rows import class_row
 
-from refresh.runs import NotFoundError, RefusedError
+from refresh.runs import NotFoundError
 
 if TYPE_CHECKING:
     import psycopg
@@ -120,7 +120,7 @@ def user_history(
         The entries, and whether there are more.
 
     Raises:
-        RefusedError: no such user, or the entry is none of theirs.
+        NotFoundError: no such user, or the entry is none of theirs.
     """
     user = connection.execute("SELECT id FROM users WHERE external_id = %s", (external_id,)).fetchone()
     if user is None:
@@ -132,7 +132,7 @@ def user_history(
         "limit": limit + 1,
     }
     if isinstance(before, int) and connection.execute(_HAS, parameters).fetchone() != (True,):
-        raise RefusedError(f"{external_id} has no entry {before}")
+        raise NotFoundError(f"{external_id} has no entry {before}")
     with connection.cursor(row_factory=class_row(Entry)) as cursor:
         found = cursor.execute(HISTORY, parameters).fetchall()
     return found[:limit], len(found) > limit

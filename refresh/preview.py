@@ -103,7 +103,7 @@ def preview(connection: psycopg.Connection[Any], request: Request, asked: Select
         RefusedError: there is no such plan.
     """
     if asked.plan is not None:
-        _check_plan(connection, asked.plan)
+        check_plan(connection, asked.plan)
     matching = selection.MATCHING_LISTED if asked.listed else selection.MATCHING
     if not request.force and not any(value is not None for value in asdict(asked).values()):
         matching += f" AND {selection.IS_DUE}"  # by the index: not all of ten million for the few who are due
@@ -125,7 +125,12 @@ def preview(connection: psycopg.Connection[Any], request: Request, asked: Select
     )
 
 
-def _check_plan(connection: psycopg.Connection[Any], plan: str) -> None:
+def check_plan(connection: psycopg.Connection[Any], plan: str) -> None:
+    """Refuse the code of a plan that there is not.
+
+    Raises:
+        RefusedError: there is no such plan; the text names those that there are.
+    """
     known = [code for (code,) in connection.execute(_KNOWN_PLANS)]
     if plan not in known:
         more = f" and {len(known) - _PLANS_SHOWN:,} more" if len(known) > _PLANS_SHOWN else ""

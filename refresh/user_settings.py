@@ -71,6 +71,12 @@ _AUDIT = """
 INSERT INTO credit_audit_logs (actor, action, user_id, correlation_id, detail)
 SELECT %(actor)s, 'settings_changed', id, %(correlation_id)s, %(detail)s FROM users WHERE external_id = %(external_id)s
 """
+# As the audit log names them.
+_SHOWN = {
+    "credit_refresh_day": "creditRefreshDay",
+    "custom_credit_amount": "customCreditAmount",
+    "timezone": "timezone",
+}
 _ZONE = "SELECT EXISTS (SELECT FROM timezones WHERE name = %s)"
 
 
@@ -105,7 +111,8 @@ def change_settings(  # noqa: PLR0913 - who, what, on which condition
     Raises:
         NotFoundError: no such user.
         ChangedError: another version.
-        RefusedError: a hold without a reason or with an end that has passed; a time zone that PostgreSQL does not know.
+        RefusedError: a hold without a reason or with an end that has passed, a reason or an end without a hold; a time
+            zone that PostgreSQL does not know.
     """
     before = _read(connection, external_id, f"{_READ} FOR NO KEY UPDATE")
     if version is not None and version != before.version:
@@ -116,7 +123,7 @@ def change_settings(  # noqa: PLR0913 - who, what, on which condition
     own = {name: value for name, value in changes.items() if name not in HOLD and getattr(before, name) != value}
     if own:
         connection.execute(_SET, {**asdict(before), **own})
-        detail = {name: [getattr(before, name), value] for name, value in own.items()}
+        detail = {_SHOWN[name]: [getattr(before, name), value] for name, value in own.items()}
         parameters = {"actor": actor, "external_id": external_id, "correlation_id": correlation_id}
         connection.execute(_AUDIT, {**parameters, "detail": Jsonb(detail)})
     _hold(connection, before, changes, actor)
@@ -125,6 +132,8 @@ def change_settings(  # noqa: PLR0913 - who, what, on which condition
 
 def _hold(connection: psycopg.Connection[Any], before: UserSettings, changes: Mapping[str, Any], actor: str) -> None:
     if not changes.get("credit_refresh_hold", before.credit_refresh_hold):
+        if changes.get("hold_reason") is not None or changes.get("hold_until") is not None:
+            raise RefusedError(f"{before.external_id} would not be held: a reason and an end are a hold's")
         if before.credit_refresh_hold:
             holds.release(connection, before.external_id, actor=actor)
         return

@@ -15,9 +15,10 @@ from api.keys import RequiredKey
 from api.opening import open_and_publish, request_of
 from api.problems import documented
 from api.routes.users import DEFAULT_REASON, TEXT_MAX
-from api.schema import Amount, Body, Credits, Instant
+from api.schema import Amount, Body, Credits, Flag, Moment, Number, Text
 from refresh import runs
 from refresh.import_columns import MAX_KEY_CHARACTERS
+from refresh.preview import check_plan
 from refresh.selection import Selection
 from refresh.user_files import load_users
 
@@ -26,31 +27,35 @@ if TYPE_CHECKING:
 
     import psycopg
 
-router = APIRouter(prefix="/api/admin/credits", tags=["runs"])
-
 USERS_MAX = 100_000
 """Users named one by one in a request; `credits bulk-refresh --users` takes files of any length."""
+
+
+BODY_MAX = 2**25
+"""Bytes: as many ids, and the longest."""
+
+router = APIRouter(prefix="/api/admin/credits", tags=["runs"], max_body_size=BODY_MAX)
 
 
 class BulkBody(Body):
     """Whom to refresh, and how: `all`, `planCode` or `userIds`, and conditions, of which all have to hold."""
 
-    all: bool = Field(default=False, description="All who are due; with `force`, all users.")
-    plan_code: str | None = Field(None, min_length=1, max_length=255, description="The users of a plan.")
-    user_ids: list[str] | None = Field(
+    all: Flag = Field(default=False, description="All who are due; with `force`, all users.")
+    plan_code: Text | None = Field(None, min_length=1, max_length=255, description="The users of a plan.")
+    user_ids: list[Text] | None = Field(
         None, min_length=1, max_length=USERS_MAX, description="These users, by your app's own ids."
     )
-    next_refresh_before: Instant | None = Field(None, description="Whose date lies before it.")
+    next_refresh_before: Moment | None = Field(None, description="Whose date lies before it.")
     balance_below: Credits | None = Field(None, description="Who have fewer credits.")
-    active: bool | None = Field(None, description="Who are active, or are not.")
-    force: bool = Field(default=False, description="Those too who are not due, have no date, or wait for a webhook.")
-    keep_window: bool = Field(default=False, description="With `force`: leave everybody's next date where it is.")
+    active: Flag | None = Field(None, description="Who are active, or are not.")
+    force: Flag = Field(default=False, description="Those too who are not due, have no date, or wait for a webhook.")
+    keep_window: Flag = Field(default=False, description="With `force`: leave everybody's next date where it is.")
     amount: Amount | None = Field(None, description="Aim at so many credits, under each plan's mode.")
-    dry_run: bool = Field(default=False, description="Record what would be granted, row by row, and change no user.")
-    as_of: Instant | None = Field(None, description="Decide as of this instant; in the future for dry runs alone.")
-    atomic: bool = Field(default=False, description=f"All of them or none; {runs.ATOMIC_USERS_MAX:,} users at most.")
-    max_users_per_second: int | None = Field(None, ge=1, le=2**31 - 1, description="Go no faster than that.")
-    reason: str = Field(DEFAULT_REASON, min_length=1, max_length=TEXT_MAX, description="For whoever asks why.")
+    dry_run: Flag = Field(default=False, description="Record what would be granted, row by row, and change no user.")
+    as_of: Moment | None = Field(None, description="Decide as of this instant; in the future for dry runs alone.")
+    atomic: Flag = Field(default=False, description=f"All of them or none; {runs.ATOMIC_USERS_MAX:,} users at most.")
+    max_users_per_second: Number | None = Field(None, ge=1, le=2**31 - 1, description="Go no faster than that.")
+    reason: Text = Field(DEFAULT_REASON, min_length=1, max_length=TEXT_MAX, description="For whoever asks why.")
 
     @model_validator(mode="after")
     def _names_whom(self) -> Self:
@@ -121,6 +126,8 @@ def bulk_refresh(
 
     def opens(connection: psycopg.Connection[Any]) -> runs.Opened | runs.NotOpened:
         wanted = body.selection()
+        if wanted.plan is not None:
+            check_plan(connection, wanted.plan)
         if body.user_ids is not None:
             wanted = replace(wanted, listed=load_users(connection, _Ids(body.user_ids)).content())
         return runs.open_run(connection, request, wanted)

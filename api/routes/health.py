@@ -15,6 +15,7 @@ from pydantic import Field
 from api.asking import Asker
 from api.callers import Reader
 from api.metrics import exposition
+from api.problems import GUARDED
 from api.schema import Answer
 from db import REVISION, Database, DatabaseError
 from refresh.metrics import Reader as MetricsReader
@@ -124,7 +125,8 @@ async def readyz(servers: Servers, response: Response) -> Readiness:
     response_class=Response,
     summary="Metrics for Prometheus",
     responses={
-        200: {"description": "Prometheus' text format", "content": {"text/plain": {"schema": {"type": "string"}}}}
+        **GUARDED,
+        200: {"description": "Prometheus' text format", "content": {"text/plain": {"schema": {"type": "string"}}}},
     },
 )
 async def metrics(_caller: Reader, servers: Servers) -> Response:

@@ -48,7 +48,7 @@ def _next(verdict: Verdict) -> dict[str, Any]:
     "/refresh-history",
     response_model=answers.OwnHistoryPage,
     summary="What I was granted",
-    responses=documented("not-found"),
+    responses=documented("not-found", "invalid-request"),
 )
 def own_refresh_history(caller: Owner, database: Db, before: Before = None, limit: Limit = PAGE) -> dict[str, Any]:
     """The newest first."""

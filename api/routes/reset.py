@@ -20,7 +20,7 @@ from api.keys import IdempotencyKey
 from api.opening import open_and_publish, request_of
 from api.problems import documented
 from api.routes.users import TEXT_MAX
-from api.schema import Body
+from api.schema import Body, Flag, Text
 from refresh import runs
 from refresh.doctor import scheduled_run
 from refresh.reset_status import read_status
@@ -37,11 +37,11 @@ router = APIRouter(tags=["reset"])
 
 CRON = "/api/admin/reset-monthly-tokens"
 PING_SECONDS = 1.0
-_ANSWERS = documented("paused", "refused", "in-progress", "idempotency-key-reused")
+_PAUSED = documented("paused")
 
 
 @router.post(
-    CRON, response_model=answers.Reset, summary="A cron job's call: refresh all who are due", responses=_ANSWERS
+    CRON, response_model=answers.Reset, summary="A cron job's call: refresh all who are due", responses=_PAUSED
 )
 def reset_monthly_tokens(caller: Cron, config: Config, database: Db, response: Response) -> dict[str, Any]:
     """Idempotent, and safe to call every minute: while nobody is due, no run is opened. Workers do it."""
@@ -49,7 +49,7 @@ def reset_monthly_tokens(caller: Cron, config: Config, database: Db, response: R
     return _refresh_due(config, database, response, request)
 
 
-@router.get(CRON, response_model=answers.Reset, summary="The same, as hosted cron services send it", responses=_ANSWERS)
+@router.get(CRON, response_model=answers.Reset, summary="The same, as hosted cron services send it", responses=_PAUSED)
 def reset_monthly_tokens_by_get(caller: Cron, config: Config, database: Db, response: Response) -> dict[str, Any]:
     """See the POST."""
     response.headers["Cache-Control"] = "no-store"
@@ -64,7 +64,8 @@ def _refresh_due(
     asked: Selection | None = None,
 ) -> dict[str, Any]:
     def opens(connection: psycopg.Connection[Any]) -> runs.Opened | runs.NotOpened:
-        return runs.open_run(connection, request, asked, even_empty=False)
+        # With a key, a run for nobody is a run: it keeps the answer that is given again.
+        return runs.open_run(connection, request, asked, even_empty=request.idempotency_key is not None)
 
     try:
         run = open_and_publish(database, config, request.idempotency_key, opens, response)
@@ -77,14 +78,19 @@ def _refresh_due(
 class ManualBody(Body):
     """How to reset."""
 
-    bypass: bool = Field(  # a forced refresh: its windows begin now
+    bypass: Flag = Field(  # a forced refresh: its windows begin now
         default=False, description="All users, due or not: windows that begin now, on top of those that are running."
     )
-    dry_run: bool = Field(default=False, description="Record what would be granted, and change no user.")
-    reason: str = Field("manual reset", min_length=1, max_length=TEXT_MAX, description="For whoever asks why.")
+    dry_run: Flag = Field(default=False, description="Record what would be granted, and change no user.")
+    reason: Text = Field("manual reset", min_length=1, max_length=TEXT_MAX, description="For whoever asks why.")
 
 
-@router.post("/api/reset/manual", response_model=answers.Reset, summary="Reset by hand", responses=_ANSWERS)
+@router.post(
+    "/api/reset/manual",
+    response_model=answers.Reset,
+    summary="Reset by hand",
+    responses=documented("paused", "in-progress", "idempotency-key-reused", "invalid-request"),
+)
 def manual_reset(
     caller: Admin,
     config: Config,

@@ -15,7 +15,7 @@ from api.opening import open_and_publish, request_of
 from api.problems import documented
 from api.routes.runs import RunId
 from api.routes.users import DEFAULT_REASON, TEXT_MAX
-from api.schema import Body
+from api.schema import Body, Flag, Number, Text
 from refresh import apply as applying
 from refresh import rollback as taking_back
 from refresh import runs
@@ -28,23 +28,29 @@ if TYPE_CHECKING:
 router = APIRouter(prefix="/api/admin/runs/{runId}", tags=["runs"])
 
 _OPENS = documented(
-    "not-found", "idempotency-key-missing", "idempotency-key-reused", "in-progress", "paused", "refused"
+    "not-found",
+    "idempotency-key-missing",
+    "idempotency-key-reused",
+    "in-progress",
+    "paused",
+    "refused",
+    "invalid-request",
 )
 
 
 class ActionBody(Body):
     """Why, and how fast."""
 
-    reason: str = Field(DEFAULT_REASON, min_length=1, max_length=TEXT_MAX, description="For whoever asks why.")
-    max_users_per_second: int | None = Field(None, ge=1, le=2**31 - 1, description="Go no faster than that.")
+    reason: Text = Field(DEFAULT_REASON, min_length=1, max_length=TEXT_MAX, description="For whoever asks why.")
+    max_users_per_second: Number | None = Field(None, ge=1, le=2**31 - 1, description="Go no faster than that.")
 
 
 class RollbackBody(ActionBody):
     """What to take back, and how."""
 
-    reopen: bool = Field(default=False, description="Give the windows back as well: the users are due again.")
-    allow_negative: bool = Field(default=False, description="Take all of it, also below zero.")
-    dry_run: bool = Field(default=False, description="Record what would be taken back, and change no user.")
+    reopen: Flag = Field(default=False, description="Give the windows back as well: the users are due again.")
+    allow_negative: Flag = Field(default=False, description="Take all of it, also below zero.")
+    dry_run: Flag = Field(default=False, description="Record what would be taken back, and change no user.")
 
 
 @router.post(
@@ -112,11 +118,14 @@ def retry(
 class CancelBody(Body):
     """Why."""
 
-    reason: str = Field(DEFAULT_REASON, min_length=1, max_length=TEXT_MAX, description="For whoever asks why.")
+    reason: Text = Field(DEFAULT_REASON, min_length=1, max_length=TEXT_MAX, description="For whoever asks why.")
 
 
 @router.post(
-    "/cancel", response_model=answers.Cancelled, summary="Stop a run", responses=documented("not-found", "refused")
+    "/cancel",
+    response_model=answers.Cancelled,
+    summary="Stop a run",
+    responses=documented("not-found", "refused", "invalid-request"),
 )
 def cancel(run_id: RunId, caller: Admin, database: Db, body: CancelBody | None = None) -> dict[str, Any]:
     """Batches that a worker has are finished, the others are not begun. Nothing is taken back."""

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Annotated, Any
 from uuid import UUID
 
 import anyio
+import psycopg
+import structlog
 from anyio.to_thread import run_sync
-from fastapi import APIRouter, Depends, Header, Path, Query
+from fastapi import APIRouter, Depends, Header, HTTPException, Path, Query
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from api import answers
 from api.callers import Reader
 from api.context import Db
 from api.problems import documented
-from api.schema import Instant, to_wire
+from api.schema import Moment, to_wire
+from db import DatabaseError, one_line
 from refresh.run_detail import read_run
 from refresh.run_list import Wanted, list_runs, read_line
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from refresh.run_list import RunLine
 
 router = APIRouter(prefix="/api/admin/runs", tags=["runs"])
@@ -32,9 +35,19 @@ POLL_SECONDS = 0.5
 RECONNECT_MS = 1_000
 
 RunId = Annotated[UUID, Path(alias="runId")]
+LastEventId = Annotated[
+    str | None, Header(alias="Last-Event-ID", description="Sent by whoever connects again: the `id` of the last event.")
+]
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger("credits.api")
 
 
-@router.get("", response_model=answers.RunPage, summary="The runs, the newest first", responses=documented("not-found"))
+@router.get(
+    "",
+    response_model=answers.RunPage,
+    summary="The runs, the newest first",
+    responses=documented("not-found", "invalid-request"),
+)
 def list_of_runs(
     _caller: Reader,
     database: Db,
@@ -42,7 +55,7 @@ def list_of_runs(
     kind: answers.RunKind | None = None,
     source: answers.RunSource | None = None,
     dry_run: Annotated[bool | None, Query(alias="dryRun")] = None,
-    since: Instant | None = None,
+    since: Moment | None = None,
     before: Annotated[UUID | None, Query(description="Older than this run: `next` of the page before.")] = None,
     limit: Annotated[int, Query(ge=1, le=PAGE_MAX)] = PAGE,
 ) -> dict[str, Any]:
@@ -55,49 +68,70 @@ def list_of_runs(
     return {"runs": [line.facts() for line in found], "next": str(found[-1].run_id) if more else None}
 
 
-@router.get("/{runId}", response_model=answers.RunDetail, summary="One run", responses=documented("not-found"))
+@router.get(
+    "/{runId}",
+    response_model=answers.RunDetail,
+    summary="One run",
+    responses=documented("not-found", "invalid-request"),
+)
 def show_run(run_id: RunId, _caller: Reader, database: Db) -> dict[str, Any]:
     """What was asked for, how far it is, what failed, and the runs that apply, take back or retry it."""
     with database.statements() as connection:
         return read_run(connection, run_id, failures=FAILURES_SHOWN).facts()
 
 
-def _line(run_id: RunId, _caller: Reader, database: Db) -> RunLine:
+def _line(run_id: RunId, _caller: Reader, database: Db, last_event_id: LastEventId = None) -> RunLine:
     """The run as it is, before the stream begins: what is wrong is then an answer, not an event."""
-    with database.statements() as connection:
-        return read_line(connection, run_id)
+    line = _read(database, run_id)
+    if _ended(line) and _state(line) == last_event_id:
+        # What keeps a browser from connecting again for ever.
+        raise HTTPException(HTTPStatus.NO_CONTENT)
+    return line
 
 
 @router.get(
     "/{runId}/events",
     response_class=EventSourceResponse,
     summary="A run's progress, by server-sent events",
-    responses={**documented("not-found"), 204: {"description": "The run has ended, and its end was received."}},
+    responses={
+        **documented("not-found", "invalid-request"),
+        204: {"description": "The run has ended, and `Last-Event-ID` is that of its end"},
+    },
 )
 async def run_events(
-    line: Annotated[Any, Depends(_line)],
-    database: Db,
-    last_event_id: Annotated[str | None, Header(description="Sent by whoever connects again.")] = None,
+    line: Annotated[Any, Depends(_line)], database: Db, last_event_id: LastEventId = None
 ) -> AsyncIterator[ServerSentEvent]:
-    """Events `progress`, each with the run as `GET …/{runId}` of the list says it, and `end`, the last one.
+    """Events `progress`, each with the run as the list of runs shows it, and `end`, the last one.
 
     An event's id is the state that it tells. Whoever connects again with the last one they saw misses nothing: the
-    next event is the first state that differs, which holds everything that happened meanwhile.
+    next event is the first state that differs, which holds everything that happened meanwhile. A comment every 15
+    seconds keeps the connection open while nothing happens.
     """
     seen = last_event_id
     while True:
-        ended = line.status != "running"
-        state = f"{line.status}-{line.users_done}-{line.users_refreshed}-{line.users_failed}"
+        state = _state(line)
         if state != seen:
             seen = state
-            event = "end" if ended else "progress"
+            event = "end" if _ended(line) else "progress"
             yield ServerSentEvent(data=to_wire(line.facts()), event=event, id=state, retry=RECONNECT_MS)
-        if ended:
+        if _ended(line):
             return
         await anyio.sleep(POLL_SECONDS)
-        line = await run_sync(_read, database, line.run_id)
+        try:
+            line = await run_sync(_read, database, line.run_id)
+        except (DatabaseError, psycopg.OperationalError) as error:
+            # A browser that is answered by an error once does not connect again by itself.
+            log.warning("A run's progress cannot be read; it is tried again", error=one_line(error))
 
 
 def _read(database: Db, run_id: UUID) -> RunLine:
     with database.statements() as connection:
         return read_line(connection, run_id)
+
+
+def _ended(line: RunLine) -> bool:
+    return line.status != "running"
+
+
+def _state(line: RunLine) -> str:
+    return f"{line.status}-{line.users_done}-{line.users_refreshed}-{line.users_failed}"

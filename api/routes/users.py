@@ -13,16 +13,17 @@ from api.context import Config, Db, this_request
 from api.keys import IdempotencyKey, claim, in_progress, replayed
 from api.opening import request_of
 from api.problems import InvalidRequestError, Problem, documented, not_opened
-from api.schema import Amount, Body, Instant
+from api.schema import Amount, Body, Flag, Moment, Number, Text
 from db import transaction
 from refresh import replay, runs
-from refresh.at_once import do_at_once
+from refresh.at_once import LOCK_ATTEMPTS, do_at_once
 from refresh.history import user_history
 from refresh.single import open_single, read_single
 from refresh.user_settings import HOLD, UserSettings, change_settings, read_settings
 from refresh.verdict import explain_user
 
-router = APIRouter(prefix="/api/admin/users/{userId}", tags=["users"])
+# `:path`, because an app's ids may hold a slash, which comes as %2F and is one again by then.
+router = APIRouter(prefix="/api/admin/users/{userId:path}", tags=["users"])
 
 TEXT_MAX = 1_000
 PAGE = 50
@@ -30,7 +31,7 @@ PAGE_MAX = 500
 DEFAULT_REASON = "HTTP API"
 
 UserId = Annotated[
-    str, Path(alias="userId", min_length=1, max_length=255, description="Your app's own id of the user.")
+    Text, Path(alias="userId", min_length=1, max_length=255, description="Your app's own id of the user.")
 ]
 Before = Annotated[str | None, Query(pattern=r"^[1-9][0-9]{0,17}$", description="Older than this entry: `next`.")]
 Limit = Annotated[int, Query(ge=1, le=PAGE_MAX)]
@@ -39,11 +40,11 @@ Limit = Annotated[int, Query(ge=1, le=PAGE_MAX)]
 class RefreshBody(Body):
     """How to refresh one user."""
 
-    reason: str = Field(DEFAULT_REASON, min_length=1, max_length=TEXT_MAX, description="For whoever asks why.")
+    reason: Text = Field(DEFAULT_REASON, min_length=1, max_length=TEXT_MAX, description="For whoever asks why.")
     amount: Amount | None = Field(None, description="Aim at so many credits, under the plan's mode.")
-    force: bool = Field(default=False, description="Even if not due, without a date, or refreshed by a webhook.")
-    keep_window: bool = Field(default=False, description="With `force`: leave the next date where it is.")
-    dry_run: bool = Field(default=False, description="Record what would be granted, and change nothing.")
+    force: Flag = Field(default=False, description="Even if not due, without a date, or refreshed by a webhook.")
+    keep_window: Flag = Field(default=False, description="With `force`: leave the next date where it is.")
+    dry_run: Flag = Field(default=False, description="Record what would be granted, and change nothing.")
 
     @model_validator(mode="after")
     def _keeps_what_is_forced(self) -> Self:
@@ -84,7 +85,8 @@ def refresh_credits(
                 raise not_opened(run)
             if run.existing and (kept := replayed(connection, run.run_id, response)):
                 return kept
-        left = do_at_once(connection, run.run_id) if not run.existing else None
+        # One that is there without an answer is either being done, or whoever opened it has died.
+        left = do_at_once(connection, run.run_id, attempts=1 if run.existing else LOCK_ATTEMPTS)
         done = read_single(connection, run, user_id, left)
         if done.outcome is None:
             if run.existing and idempotency_key is not None:
@@ -97,7 +99,7 @@ def refresh_credits(
     "/refresh-history",
     response_model=answers.HistoryPage,
     summary="What a user was granted, and what not",
-    responses=documented("not-found"),
+    responses=documented("not-found", "invalid-request"),
 )
 def refresh_history(
     user_id: UserId, _caller: Reader, database: Db, before: Before = None, limit: Limit = PAGE
@@ -113,7 +115,7 @@ def refresh_history(
     "/refresh-verdict",
     response_model=answers.Verdict,
     summary="Why a user is, or is not, refreshed",
-    responses=documented("not-found"),
+    responses=documented("not-found", "invalid-request"),
 )
 def refresh_verdict(user_id: UserId, _caller: Reader, database: Db) -> dict[str, Any]:
     """The rule's verdict, and everything that it rests on."""
@@ -124,12 +126,14 @@ def refresh_verdict(user_id: UserId, _caller: Reader, database: Db) -> dict[str,
 class SettingsBody(Body):
     """What to change; what is not named stays as it is, and null takes the plan's."""
 
-    credit_refresh_hold: bool | None = Field(None, description="A hold needs a `holdReason`.")
-    hold_reason: str | None = Field(None, min_length=1, max_length=TEXT_MAX)
-    hold_until: Instant | None = Field(None, description="The hold ends by itself then; null: when released.")
-    credit_refresh_day: int | None = Field(None, ge=1, le=31, description="Makes a rolling user monthly on this day.")
+    credit_refresh_hold: Flag | None = Field(None, description="A hold needs a `holdReason`.")
+    hold_reason: Text | None = Field(None, min_length=1, max_length=TEXT_MAX)
+    hold_until: Moment | None = Field(None, description="The hold ends by itself then; null: when released.")
+    credit_refresh_day: Number | None = Field(
+        None, ge=1, le=31, description="Makes a rolling user monthly on this day."
+    )
     custom_credit_amount: Amount | None = Field(None, description="In the place of the plan's amount.")
-    timezone: str | None = Field(None, max_length=64, description="An IANA name, in the place of the plan's.")
+    timezone: Text | None = Field(None, max_length=64, description="An IANA name, in the place of the plan's.")
 
     def changes(self) -> dict[str, Any]:
         """What was named."""
@@ -143,7 +147,7 @@ class SettingsBody(Body):
     "/refresh-settings",
     response_model=answers.Settings,
     summary="What is particular to a user",
-    responses=documented("not-found"),
+    responses=documented("not-found", "invalid-request"),
 )
 def read_refresh_settings(user_id: UserId, _caller: Reader, database: Db, response: Response) -> dict[str, Any]:
     """`ETag` names the version, for `If-Match`."""
@@ -155,7 +159,7 @@ def read_refresh_settings(user_id: UserId, _caller: Reader, database: Db, respon
     "/refresh-settings",
     response_model=answers.Settings,
     summary="Hold or release a user; set their day, amount and time zone",
-    responses=documented("not-found", "precondition-failed", "refused"),
+    responses=documented("not-found", "precondition-failed", "refused", "invalid-request"),
 )
 def refresh_settings(
     user_id: UserId,
@@ -164,7 +168,8 @@ def refresh_settings(
     database: Db,
     response: Response,
     if_match: Annotated[
-        str | None, Header(description="The `ETag` that was read: nothing changes if it is another by now.")
+        str | None,
+        Header(alias="If-Match", description="The `ETag` that was read: nothing changes if it is another by now."),
     ] = None,
 ) -> dict[str, Any]:
     """The scope `support` sets and ends holds; the day, the amount and the time zone are for `admin`."""

@@ -12,6 +12,7 @@ import pytest
 from pytest_celery import CeleryBrokerCluster
 
 import settings
+from tests.acceptance.http_service import Deployment, deployed
 from tests.acceptance.ledger import Ledger
 from tests.acceptance.nodes import Launcher, LocalRedis, LocalWorker
 from tests.acceptance.service import Service, ServiceSetup
@@ -23,13 +24,16 @@ if TYPE_CHECKING:
     from pytest_celery import RedisTestBroker
 
     from db import Database
+    from tests.cluster import Cluster
+    from tests.integration.world import World
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_makereport(item: pytest.Function) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """A failure without the processes' logs explains nothing."""
     report = yield
-    launcher = item.funcargs.get("launcher")
+    shared = item.funcargs.get("deployment")
+    launcher = shared.launcher if isinstance(shared, Deployment) else item.funcargs.get("launcher")
     if report.failed and isinstance(launcher, Launcher):
         # The plugin adds the last log of the first worker; here are all logs of all.
         plain = [section for section in report.sections if not section[0].startswith("default_")]
@@ -43,6 +47,26 @@ def launcher(tmp_path: Path) -> Iterator[Launcher]:
     made = Launcher(tmp_path)
     yield made
     made.stop()
+
+
+@pytest.fixture(scope="module")
+def deployment(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    """The HTTP API with a database and a broker of its own, for all tests of a module."""
+    with deployed(cluster, tmp_path_factory.mktemp("deployment")) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def worker(deployment: Deployment) -> LocalWorker:
+    """A worker beside it, for the module."""
+    return deployment.start_worker()
+
+
+@pytest.fixture
+def world(deployment: Deployment) -> World:
+    """The module's database; users of earlier tests are asleep, and nothing is paused."""
+    deployment.rest()
+    return deployment.world
 
 
 @pytest.fixture

@@ -218,6 +218,10 @@ class LocalApi(_Quick, CeleryTestContainer):  # type: ignore[misc]
         """Of its root."""
         return f"http://127.0.0.1:{self.port}"
 
+    def all_logs(self) -> str:
+        """What it has written, all starts together."""
+        return self._container.all_logs()
+
 
 def celery(*arguments: str) -> list[str]:
     """The command line of one of the service's processes."""
@@ -267,9 +271,11 @@ class Launcher:
 
     def api(self, env: Mapping[str, str]) -> LocalApi:
         """The HTTP API on a free port."""
+        number = sum(process.name.startswith("api") for process in self.processes) + 1
         port = free_port()
-        argv = [sys.executable, "-m", "uvicorn", "api:app", "--host=127.0.0.1", f"--port={port}"]
-        node = LocalApi(self._run("api", argv, env=env))
+        options = ("--no-access-log", "--no-server-header", "--timeout-graceful-shutdown=1")
+        argv = [sys.executable, "-m", "uvicorn", "api:app", f"--port={port}", *options]
+        node = LocalApi(self._run(f"api{number}", argv, env=env))
         node.port = port
         return _ready(node)
 

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import anyio.to_thread
 from asgi_correlation_id import CorrelationIdMiddleware
-from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
 import logs
 import settings
-from api import problems
+from api import docs_page, problems
 from api.access_log import AccessLog
+from api.document import Documented
 from api.limits import Limiter
 from api.routes import bulk, health, me, reports, reset, run_actions, runs, users
 from api.tokens import Tokens
@@ -21,6 +21,8 @@ from db import Database
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+
+    from fastapi import FastAPI
 
 DESCRIPTION = """
 Gives every user their periodic credits, exactly once per window.
@@ -30,6 +32,9 @@ token, which is for `/api/user` alone. **Credits** are exact: JSON numbers up to
 strings beyond, which JavaScript cannot hold as numbers. **Errors** are `application/problem+json` (RFC 9457), each
 `type` explained under the address that it names. **Idempotency-Key** makes a POST that moves credits safe to repeat.
 """
+
+BODY_MAX = 2**20
+"""Bytes of a request's body, which is read before anybody knows who sends it."""
 
 THREADS = 10
 """Requests that wait for the database at once, and so connections: as many as the pool holds (db.py)."""
@@ -50,21 +55,24 @@ def create_app(config: settings.Settings) -> FastAPI:
         yield
         database.close()
 
-    app = FastAPI(
+    app = Documented(
         title="Credit refresh",
         version="1",
         description=DESCRIPTION,
         lifespan=lifespan,
+        docs_url=None,
         redoc_url=None,
-        responses=problems.COMMON,
         generate_unique_id_function=_operation_id,
+        max_body_size=BODY_MAX,
     )
     app.state.config = config
     app.state.database = database
     app.state.tokens = Tokens(config)
     app.state.limiter = Limiter(config.api_rate_limit, config.broker_url)
-    for router in (users, bulk, reports, runs, run_actions, reset, me, health, problems):
-        app.include_router(router.router)
+    for guarded in (users, bulk, reports, runs, run_actions, reset, me):
+        app.include_router(guarded.router, responses=problems.GUARDED)
+    for other in (health, problems, docs_page):
+        app.include_router(other.router)
     problems.install(app)
     app.add_middleware(AccessLog)
     # The outermost: whatever is logged or answered inside carries the id.

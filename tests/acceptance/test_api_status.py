@@ -1,0 +1,76 @@
+"""Where the periodic refresh stands, with beat and workers, and without."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.acceptance.http_service import deployed
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import httpx
+
+    from tests.acceptance.http_service import Deployment
+    from tests.cluster import Cluster
+    from tests.integration.world import World
+
+
+@pytest.fixture
+def client(deployment: Deployment) -> httpx.Client:
+    return deployment.client()
+
+
+def status(client: httpx.Client) -> dict[str, Any]:
+    answer = client.get("/api/reset/status")
+    assert answer.status_code == 200, answer.text
+    said: dict[str, Any] = answer.json()
+    return said
+
+
+def test_nobody_is_alive(client: httpx.Client, world: World) -> None:
+    said = status(client)
+    assert (said["workersAlive"], said["workers"], said["beatAlive"]) == (False, [], False)
+    assert "are beat and a worker running" in said["beat"]
+    assert (said["paused"], said["timezone"], said["timetable"]) == (False, "UTC", "every 1:00:00")
+    assert (said["lastRun"], said["lastSuccess"], said["history"]) == (None, None, [])
+    in_an_hour = datetime.now(UTC).replace(minute=0, second=0, microsecond=0) + timedelta(hours=1)
+    assert abs(datetime.fromisoformat(said["nextRunAt"]) - in_an_hour) <= timedelta(hours=1)
+    world.sql.execute("UPDATE settings SET enabled = false")
+    assert (status(client)["paused"], status(client)["beatAlive"]) == (True, None)
+
+
+def test_a_broker_that_is_away(deployment: Deployment) -> None:
+    api = deployment.launcher.api({**deployment.env, "REDIS_URL": "redis://127.0.0.1:1/0"})
+    said = status(deployment.client(api=api))
+    assert (said["workersAlive"], said["workers"]) == (False, [])
+
+
+def test_a_timetable(deployment: Deployment) -> None:
+    api = deployment.launcher.api({**deployment.env, "CREDIT_REFRESH_CRON": "30 2 1 * *"})
+    said = status(deployment.client(api=api))
+    assert said["timetable"] == "30 2 1 * *"
+    coming = datetime.fromisoformat(said["nextRunAt"])
+    assert (coming.day, coming.hour, coming.minute) == (1, 2, 30)
+    assert coming > datetime.now(UTC)
+
+
+def test_both_are_alive(cluster: Cluster, tmp_path: Path) -> None:
+    """In a deployment of its own: the others have neither."""
+    with deployed(cluster, tmp_path) as whole:
+        client, worker = whole.client(), whole.start_worker()
+        whole.launcher.beat(whole.env)
+        whole.world.until(lambda: status(client)["beatAlive"] is True, "beat opened the slot")
+        said = status(client)
+        assert (said["workersAlive"], [name.partition("@")[0] for name in said["workers"]]) == (True, ["worker"])
+        assert said["lastRun"]["source"] == "beat"
+        assert said["lastSuccess"]["status"] == "succeeded"
+        assert said["history"][0] == said["lastRun"]
+        # Beat is told by its slots: moved into the past, the present one has no run.
+        whole.world.sql.execute("UPDATE credit_refresh_runs SET slot = slot - interval '1 year'")
+        assert status(client)["beatAlive"] is False
+        worker.kill()
+        assert status(client)["workersAlive"] is False
