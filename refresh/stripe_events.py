@@ -54,26 +54,6 @@ class Terms:
     enabled: bool = True
 
 
-def receive(connection: psycopg.Connection[Any], raw: object, terms: Terms) -> Stored:
-    """Store an event and process it, and with it what has waited for it.
-
-    Args:
-        connection: in autocommit.
-        raw: what Stripe has signed.
-        terms: what the environment says.
-
-    Returns:
-        The event. Of one that came before and is settled, what became of it then.
-
-    Raises:
-        RefusedError: it is no snapshot event; or it cannot be carried out as things are. The second is stored, and
-            tried again by upkeep.
-        psycopg.Error: the same, as the second.
-    """
-    event_id = stripe_inbox.store(connection, raw)
-    return process(connection, event_id, terms)
-
-
 def process(connection: psycopg.Connection[Any], event_id: str, terms: Terms, *, again: bool = False) -> Stored:
     """Process an event that is stored, and then those of its customer that have waited for it.
 

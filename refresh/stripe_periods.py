@@ -206,9 +206,8 @@ def _grant(connection: psycopg.Connection[Any], invoice: Invoice, found: _Situat
     )
     try:
         opened = runs.open_run(connection, request, Selection(user=found.external_id))
-    except RefusedError as error:
-        text = f"{found.external_id} is in an unfinished batch of another run, or there is no such user any more"
-        raise RefusedError(f"{text} ({error})") from error
+    except runs.NobodyError as error:
+        raise RefusedError(f"{found.external_id} is in an unfinished batch of another run") from error
     if isinstance(opened, runs.NotOpened):
         return Decision("paused", None, found.user_id)
     batch_ids = [id_ for (id_,) in connection.execute(_BATCH, {"run_id": opened.run_id})]
