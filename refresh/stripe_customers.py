@@ -42,6 +42,12 @@ _AUDIT = """
 INSERT INTO credit_audit_logs (actor, action, user_id, credits, detail)
 VALUES (%(actor)s, 'stripe_linked', %(user_id)s, 0, %(detail)s)
 """
+_OF_USER = "SELECT customer_id FROM stripe_customers WHERE user_id = %(user_id)s"
+_OF_SAME_USER = """
+SELECT %(customer_id)s::text UNION
+SELECT o.customer_id FROM stripe_customers AS c JOIN stripe_customers AS o ON o.user_id = c.user_id
+WHERE c.customer_id = %(customer_id)s
+"""
 _UNKNOWN = frozenset({"unknown_customer"})
 
 
@@ -67,8 +73,18 @@ def find_user(connection: psycopg.Connection[Any], event: Event) -> tuple[int | 
     if named is None:
         return None, False
     _remember(connection, customer_id, int(named[0]), actor="stripe", by=f"event {event.id}")
-    stripe_inbox.wake(connection, customer_id, _UNKNOWN)
+    stripe_inbox.wake(connection, [customer_id], _UNKNOWN)
     return int(named[0]), True
+
+
+def customers_of(connection: psycopg.Connection[Any], user_id: int) -> list[str]:
+    """All customers that a user is."""
+    return [id_ for (id_,) in connection.execute(_OF_USER, {"user_id": user_id})]
+
+
+def same_user(connection: psycopg.Connection[Any], customer_id: str) -> list[str]:
+    """A customer, and all others that are the same user."""
+    return [id_ for (id_,) in connection.execute(_OF_SAME_USER, {"customer_id": customer_id})]
 
 
 def link(connection: psycopg.Connection[Any], customer_id: str, external_id: str, *, actor: str) -> Linked:
@@ -96,7 +112,7 @@ def link(connection: psycopg.Connection[Any], customer_id: str, external_id: str
     was = known[1] if known else None
     if was != external_id:
         _remember(connection, customer_id, user[0], actor=actor, by=actor)
-    return Linked(was, stripe_inbox.wake(connection, customer_id, _UNKNOWN))
+    return Linked(was, stripe_inbox.wake(connection, [customer_id], _UNKNOWN))
 
 
 def _remember(connection: psycopg.Connection[Any], customer_id: str, user_id: int, *, actor: str, by: str) -> None:

@@ -1,6 +1,7 @@
 """What becomes of Stripe's events: one transaction each, in which it takes effect and says so.
 
-    store (its own transaction) → alone with the customer: whose is it? → set the plan, or grant the period → outcome
+    store (its own transaction) → alone with the customer, and with whose it is → set the plan, or grant the period
+    → its outcome
 
 Any order and any number of deliveries come to the same: an event is its id, a subscription its newest event, a grant
 its subscription and period, and an event that came before what it needs is looked at again when that has come. Nothing
@@ -74,13 +75,12 @@ def process(connection: psycopg.Connection[Any], event_id: str, terms: Terms, *,
             connection.execute("SELECT pg_sleep(%s)", (wait + 0.001,))
             found = _process_patiently(connection, event_id, terms, again=again)
     if found.customer_id is not None:
-        for _ in _process_due(connection, terms, customer_id=found.customer_id, limit=WOKEN_MAX):
-            pass
+        process_customer(connection, found.customer_id, terms)
     return found
 
 
 def process_customer(connection: psycopg.Connection[Any], customer_id: str, terms: Terms) -> list[Stored]:
-    """Process a customer's events that are due, as after a link.
+    """Process events of a customer that are due, and of others who are the same user: as after a link.
 
     Args:
         connection: in autocommit.
@@ -90,7 +90,8 @@ def process_customer(connection: psycopg.Connection[Any], customer_id: str, term
     Returns:
         Those that could be processed.
     """
-    return list(_process_due(connection, terms, customer_id=customer_id, limit=WOKEN_MAX))
+    customer_ids = stripe_customers.same_user(connection, customer_id)
+    return list(_process_due(connection, terms, customer_ids=customer_ids, limit=WOKEN_MAX))
 
 
 def process_waiting(connection: psycopg.Connection[Any], terms: Terms, *, limit: int) -> list[Stored]:
@@ -104,14 +105,14 @@ def process_waiting(connection: psycopg.Connection[Any], terms: Terms, *, limit:
     Returns:
         Those that could be processed.
     """
-    return list(_process_due(connection, terms, customer_id=None, limit=limit))
+    return list(_process_due(connection, terms, customer_ids=None, limit=limit))
 
 
 def _process_due(
-    connection: psycopg.Connection[Any], terms: Terms, *, customer_id: str | None, limit: int
+    connection: psycopg.Connection[Any], terms: Terms, *, customer_ids: list[str] | None, limit: int
 ) -> Iterator[Stored]:
     """One after the other: a subscription's event may wake its invoices."""
-    while limit > 0 and (ids := stripe_inbox.claim(connection, customer_id=customer_id, limit=limit)):
+    while limit > 0 and (ids := stripe_inbox.claim(connection, customer_ids=customer_ids, limit=limit)):
         limit -= len(ids)
         for event_id in ids:
             try:
@@ -159,6 +160,7 @@ def _decide(connection: psycopg.Connection[Any], stored: Stored, terms: Terms) -
         # One who is named may come: an app often adds its user after the checkout.
         named = event.user_named
         return Decision("unknown_customer", f"named {named!r}" if named else None, waits=named is not None)
+    stripe_inbox.lock_user(connection, user_id)
     if event.type == INVOICE_PAID:
         return stripe_periods.grant_period(
             connection, event, user_id, received_at=stored.received_at, enabled=terms.enabled

@@ -64,7 +64,6 @@ class Decision:
         outcome: one of `OUTCOMES`.
         look_at: for one that waits, when to look again; None: soon, and less and less often.
         waits: look again at all, where the outcome is one that waits.
-        wakes: other events of the customer's are to be looked at now.
     """
 
     outcome: str
@@ -73,7 +72,6 @@ class Decision:
     run_id: UUID | None = None
     look_at: datetime | None = None
     waits: bool = True
-    wakes: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +178,7 @@ LIMIT %(limit)s
 """
 _PAYLOAD = "SELECT payload FROM stripe_events WHERE id = %(id)s"
 _KEY = "SELECT coalesce(customer_id, id) FROM stripe_events WHERE id = %(id)s"
-# Before anything else: whoever is at work on an event of a customer is alone with all of the customer's.
+# Whoever is at work on an event of a customer is alone with all of the customer's, and then with all of the user's.
 _LOCK = "SELECT pg_advisory_xact_lock(hashtextextended(current_schema() || '.stripe.' || %(key)s, 0))"
 _CONCLUDE = f"""
 UPDATE stripe_events SET
@@ -202,13 +200,14 @@ WHERE e.id = g.id AND (e.outcome IS NULL OR e.look_at IS NOT NULL)
 """  # noqa: S608
 _WAKE = """
 UPDATE stripe_events SET look_at = now()
-WHERE customer_id = %(customer_id)s AND outcome = ANY (%(outcomes)s) AND (period_end IS NULL OR period_end > now())
+WHERE customer_id = ANY (%(customer_ids)s) AND outcome = ANY (%(outcomes)s)
+    AND (period_end IS NULL OR period_end > now())
 """
 # Put off before they are looked at: one that ends its process each time does not keep the others waiting.
 _CLAIM = f"""
 WITH due AS (
     SELECT id FROM stripe_events
-    WHERE look_at <= now() AND (%(customer_id)s::text IS NULL OR customer_id = %(customer_id)s)
+    WHERE look_at <= now() AND (%(customer_ids)s::text[] IS NULL OR customer_id = ANY (%(customer_ids)s))
         AND (outcome IS DISTINCT FROM 'paused' OR (SELECT enabled AND NOT dry_run FROM settings))
     ORDER BY look_at LIMIT %(limit)s
     FOR UPDATE SKIP LOCKED
@@ -266,6 +265,11 @@ def lock_customer(connection: psycopg.Connection[Any], customer_id: str) -> None
     connection.execute(_LOCK, {"key": customer_id})
 
 
+def lock_user(connection: psycopg.Connection[Any], user_id: int) -> None:
+    """The same for a user, who may be several customers; after the customer, and before the user's row."""
+    connection.execute(_LOCK, {"key": f"user.{user_id}"})
+
+
 def read(connection: psycopg.Connection[Any], event_id: str) -> Stored:
     """An event's row.
 
@@ -318,30 +322,30 @@ def record_failure(connection: psycopg.Connection[Any], event_id: str, error: st
     connection.execute(_FAIL, {"id": event_id, "error": error, "days": GIVEN_UP_AFTER_DAYS})
 
 
-def wake(connection: psycopg.Connection[Any], customer_id: str, outcomes: frozenset[str]) -> int:
-    """Have a customer's events of these outcomes looked at again, but for periods that are over.
+def wake(connection: psycopg.Connection[Any], customer_ids: list[str], outcomes: frozenset[str]) -> int:
+    """Have customers' events of these outcomes looked at again, but for periods that are over.
 
     Args:
-        connection: in a transaction that is alone with the customer.
-        customer_id: whose.
+        connection: in a transaction that is alone with the customers, or with their user.
+        customer_ids: whose.
         outcomes: of `OUTCOMES`.
 
     Returns:
         How many.
     """
-    parameters = {"customer_id": customer_id, "outcomes": sorted(outcomes)}
+    parameters = {"customer_ids": customer_ids, "outcomes": sorted(outcomes)}
     return connection.execute(_WAKE, parameters).rowcount
 
 
-def claim(connection: psycopg.Connection[Any], *, customer_id: str | None = None, limit: int) -> list[str]:
+def claim(connection: psycopg.Connection[Any], *, customer_ids: list[str] | None = None, limit: int) -> list[str]:
     """Events that are to be looked at now, the oldest first; nobody else gets them for a minute.
 
     Args:
         connection: in autocommit.
-        customer_id: this customer's alone; None: anybody's.
+        customer_ids: these customers' alone; None: anybody's.
         limit: how many at most.
     """
-    rows = connection.execute(_CLAIM, {"customer_id": customer_id, "limit": limit}).fetchall()
+    rows = connection.execute(_CLAIM, {"customer_ids": customer_ids, "limit": limit}).fetchall()
     return [id_ for _, id_ in sorted(rows)]
 
 

@@ -16,7 +16,7 @@ from psycopg.rows import class_row
 from psycopg.types.json import Jsonb
 
 from db import one
-from refresh import stripe_inbox, stripe_objects
+from refresh import stripe_customers, stripe_inbox, stripe_objects
 from refresh.stripe_inbox import Decision
 from refresh.stripe_objects import ENDED, ENTITLED, SUBSCRIPTION_CREATED, Event, Price, Subscription
 
@@ -135,7 +135,7 @@ def apply_event(connection: psycopg.Connection[Any], event: Event, user_id: int,
     """Take in what an event says of a subscription, and set the user's plan and day by it.
 
     Args:
-        connection: in a transaction that is alone with the customer.
+        connection: in a transaction that is alone with the user's customers.
         event: of `SUBSCRIPTION_TYPES`.
         user_id: whose subscription it is.
         after_cancel: the plan of those who have cancelled.
@@ -167,8 +167,7 @@ def apply_event(connection: psycopg.Connection[Any], event: Event, user_id: int,
     connection.execute(_KEEP, values)
     after = _standing(connection, user_id, after_cancel)
     decision = _set_plan(connection, event, user_id, before, after, lost=subscription.status in _LOST)
-    if event.customer_id is not None:
-        stripe_inbox.wake(connection, event.customer_id, WAITS_FOR_PLAN)
+    stripe_inbox.wake(connection, stripe_customers.customers_of(connection, user_id), WAITS_FOR_PLAN)
     if decision is not None:
         return decision
     if subscription.status in ENTITLED and plan_code is None:
