@@ -11,7 +11,6 @@ here asks Stripe for anything.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -25,13 +24,15 @@ from refresh.stripe_objects import INVOICE_PAID, SUBSCRIPTION_TYPES
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-LOCK_WAIT = timedelta(seconds=5)
-"""How long an event waits for another one of its customer, or for whoever opens a run: a scan of a million takes one
-second. Stripe gives up on an answer after ten or more."""
 LOCK_ATTEMPTS = 6
 LOCK_PAUSE_SECONDS = 0.25
-"""How often a user is tried whom a host has locked: for a second or so, where a host's transaction takes
-milliseconds."""
+"""How often an event is tried whose user a host has locked, or while somebody opens a run: for a second, where a host's
+transaction takes milliseconds and a scan of a million one second, and a few where it waits for locks itself. Stripe
+waits ten or more for an answer; upkeep does not wait at all."""
+LOCKED_MAX = 5
+"""Locked ones that an upkeep comes upon before it leaves the others for later."""
+CLAIM_MAX = 20
+"""Events that are taken at once by whoever looks at those that are due."""
 
 SKEW_SECONDS = 5.0
 """A first period begins as its invoice is paid. Where the database's clock is so much behind Stripe's, its beginning
@@ -68,12 +69,12 @@ def process(connection: psycopg.Connection[Any], event_id: str, terms: Terms, *,
         NotFoundError: there is no such event.
         RefusedError, psycopg.Error: it cannot be carried out as things are; its row keeps why.
     """
-    found = _process_patiently(connection, event_id, terms, again=again)
+    found = _process(connection, event_id, terms, again=again)
     if found.outcome == "not_begun" and found.look_at is not None:
         wait = (found.look_at - found.processed_at).total_seconds() if found.processed_at else SKEW_SECONDS + 1
         if wait <= SKEW_SECONDS:
             connection.execute("SELECT pg_sleep(%s)", (wait + 0.001,))
-            found = _process_patiently(connection, event_id, terms, again=again)
+            found = _process(connection, event_id, terms, again=again)
     if found.customer_id is not None:
         process_customer(connection, found.customer_id, terms)
     return found
@@ -91,7 +92,7 @@ def process_customer(connection: psycopg.Connection[Any], customer_id: str, term
         Those that could be processed.
     """
     customer_ids = stripe_customers.same_user(connection, customer_id)
-    return list(_process_due(connection, terms, customer_ids=customer_ids, limit=WOKEN_MAX))
+    return list(_process_due(connection, terms, customer_ids=customer_ids, limit=WOKEN_MAX, locked_max=1))
 
 
 def process_waiting(connection: psycopg.Connection[Any], terms: Terms, *, limit: int) -> list[Stored]:
@@ -105,29 +106,45 @@ def process_waiting(connection: psycopg.Connection[Any], terms: Terms, *, limit:
     Returns:
         Those that could be processed.
     """
-    return list(_process_due(connection, terms, customer_ids=None, limit=limit))
+    return list(_process_due(connection, terms, customer_ids=None, limit=limit, locked_max=LOCKED_MAX))
 
 
 def _process_due(
-    connection: psycopg.Connection[Any], terms: Terms, *, customer_ids: list[str] | None, limit: int
+    connection: psycopg.Connection[Any],
+    terms: Terms,
+    *,
+    customer_ids: list[str] | None,
+    limit: int,
+    locked_max: int,
 ) -> Iterator[Stored]:
     """One after the other: a subscription's event may wake its invoices."""
-    while limit > 0 and (ids := stripe_inbox.claim(connection, customer_ids=customer_ids, limit=limit)):
+    locked = 0
+    while ids := stripe_inbox.claim(connection, customer_ids=customer_ids, limit=min(limit, CLAIM_MAX)):
         limit -= len(ids)
         for event_id in ids:
             try:
-                yield _process_patiently(connection, event_id, terms, again=False)
-            except (RefusedError, psycopg.Error):  # its row says why
+                yield _process(connection, event_id, terms, attempts=LOCK_ATTEMPTS if customer_ids else 1)
+            except (RefusedError, psycopg.Error) as error:  # its row says why
                 if connection.closed:
                     raise
+                locked += isinstance(error, psycopg.errors.LockNotAvailable)
+                if locked >= locked_max:
+                    return
 
 
-def _process_patiently(connection: psycopg.Connection[Any], event_id: str, terms: Terms, *, again: bool) -> Stored:
-    for attempt in range(1, LOCK_ATTEMPTS + 1):
+def _process(
+    connection: psycopg.Connection[Any],
+    event_id: str,
+    terms: Terms,
+    *,
+    again: bool = False,
+    attempts: int = LOCK_ATTEMPTS,
+) -> Stored:
+    for left in reversed(range(attempts)):
         try:
             return _process_once(connection, event_id, terms, again=again)
         except psycopg.errors.LockNotAvailable as error:
-            if attempt == LOCK_ATTEMPTS:
+            if not left:
                 text = f"somebody else has the user, or opens a run ({one_line(error)})"
                 stripe_inbox.record_failure(connection, event_id, text)
                 raise
@@ -141,7 +158,7 @@ def _process_patiently(connection: psycopg.Connection[Any], event_id: str, terms
 
 
 def _process_once(connection: psycopg.Connection[Any], event_id: str, terms: Terms, *, again: bool) -> Stored:
-    with transaction(connection, lock_timeout=LOCK_WAIT):
+    with transaction(connection):
         stored = stripe_inbox.lock(connection, event_id)
         if stored.outcome == "granted" or (stored.settled and not again):
             return stored

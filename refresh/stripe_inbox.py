@@ -207,7 +207,7 @@ WHERE customer_id = ANY (%(customer_ids)s) AND outcome = ANY (%(outcomes)s)
 _CLAIM = f"""
 WITH due AS (
     SELECT id FROM stripe_events
-    WHERE look_at <= now() AND (%(customer_ids)s::text[] IS NULL OR customer_id = ANY (%(customer_ids)s))
+    WHERE look_at <= now() AND (%(customer_ids)s::text[] IS NULL OR customer_id = ANY (%(customer_ids)s::text[]))
         AND (outcome IS DISTINCT FROM 'paused' OR (SELECT enabled AND NOT dry_run FROM settings))
     ORDER BY look_at LIMIT %(limit)s
     FOR UPDATE SKIP LOCKED

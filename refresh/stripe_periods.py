@@ -101,7 +101,7 @@ def grant_period(
     """Grant the billing period that a paid invoice is for, unless something is in the way.
 
     Args:
-        connection: in a transaction that is alone with the user's customers, and waits a little for locks.
+        connection: in a transaction that is alone with the user's customers.
         event: `invoice.paid`.
         user_id: who has paid.
         received_at: when the event came.
