@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 TAKE = """
 WITH batch AS MATERIALIZED (
     SELECT
-        b.id, b.run_id, b.seq, b.user_ids, b.attempts, coalesce(r.as_of, now()) AS as_of, r.requested_by, r.reason,
-        r.metadata ->> 'correlationId' AS correlation_id, r.force, r.keep_window, r.amount, r.subject_run_id,
+        b.id, b.run_id, b.seq, b.user_ids, b.attempts, coalesce(r.as_of, now()) AS as_of, r.window_end, r.requested_by,
+        r.reason, r.metadata ->> 'correlationId' AS correlation_id, r.force, r.keep_window, r.amount, r.subject_run_id,
         -- Beat's rows need none.
         CASE WHEN r.source <> 'beat' THEN jsonb_build_object('reason', r.reason) END AS detail
     FROM credit_refresh_batches AS b
@@ -53,8 +53,10 @@ locked AS MATERIALIZED (
 DECIDE = """
     SELECT
         l.id AS user_id, l.plan_code, l.credit_balance, l.last_credit_refresh, l.next_refresh_at,
-        l.refresh_shortfall, p.grant_mode, d.verdict, d.window_start, d.window_end, d.first_missed_at,
-        d.windows_passed, d.target, d.credits_added,
+        l.refresh_shortfall, p.grant_mode, d.verdict, d.window_start,
+        -- A billing period ends when Stripe says so: an external plan has no grid.
+        coalesce(b.window_end, d.window_end) AS window_end,
+        d.first_missed_at, d.windows_passed, d.target, d.credits_added,
         -- The window that falls due under hold leaves one row, however often somebody looks.
         d.verdict = 'held' AND l.next_refresh_at <= b.as_of AND d.window_start IS NOT NULL
             AND l.held_window IS DISTINCT FROM l.next_refresh_at AS newly_held

@@ -30,10 +30,10 @@ _HOST_INSERTS = """
 external_id, email, plan_code, credit_balance, last_credit_refresh, next_refresh_at, credit_refresh_hold, hold_reason,
 hold_until, credit_refresh_day, custom_credit_amount, timezone, active
 """
-# What grants, rollbacks, regrids, stagger, `credits hold` and `credits release` set.
+# What grants, rollbacks, regrids, stagger, `credits hold`, `credits release` and Stripe's subscriptions set.
 _WORKER_UPDATES = """
 credit_balance, last_credit_refresh, next_refresh_at, refresh_shortfall, held_window, credit_refresh_hold, hold_reason,
-hold_until, updated_at
+hold_until, plan_code, credit_refresh_day, updated_at
 """
 _ALL_TABLES = """
 {schema}.alembic_version, {schema}.settings, {schema}.plans, {schema}.timezones, {schema}.users,
@@ -44,6 +44,12 @@ _ALL_TABLES = """
 # Neither a host nor a worker sees keys of the HTTP API; nobody but the owner sees their hashes, or writes one.
 _KEY_COLUMNS = """
 id, prefix, name, scopes, created_at, created_by, expires_at, last_used_at, revoked_at, revoked_by
+"""
+# What Stripe sent names customers and their addresses: a reader sees what became of it.
+_STRIPE_TABLES = "{schema}.stripe_events, {schema}.stripe_customers, {schema}.stripe_subscriptions"
+_STRIPE_EVENT_COLUMNS = """
+id, type, livemode, created, customer_id, subscription_id, period_start, period_end, received_at, processed_at, outcome,
+user_id, run_id, note, error, look_at
 """
 
 # A function is everybody's until it is taken away, and these write.
@@ -77,10 +83,13 @@ GRANT EXECUTE ON FUNCTION {schema}.refresh_credits_if_due(text), {schema}.refres
         SQL("GRANT INSERT, UPDATE (reversed_by_run_id), DELETE ON {schema}.credit_refresh_histories TO {role}"),
         SQL("GRANT INSERT ON {schema}.credit_audit_logs TO {role}"),
         SQL("GRANT EXECUTE ON FUNCTION {schema}.ensure_partitions(timestamptz, integer) TO {role}"),
+        SQL(f"GRANT SELECT, INSERT, UPDATE ON {_STRIPE_TABLES} TO {{role}}"),
     ),
     "read": (
         SQL(f"GRANT SELECT ON {_ALL_TABLES.strip()} TO {{role}}"),
         SQL(f"GRANT SELECT ({_KEY_COLUMNS.strip()}) ON {{schema}}.api_keys TO {{role}}"),
+        SQL("GRANT SELECT ON {schema}.stripe_customers, {schema}.stripe_subscriptions TO {role}"),
+        SQL(f"GRANT SELECT ({_STRIPE_EVENT_COLUMNS.strip()}) ON {{schema}}.stripe_events TO {{role}}"),
     ),
 }
 

@@ -10,7 +10,7 @@ from kombu.exceptions import OperationalError
 
 import logs
 from celeryconfig import QueueNames, TaskNames
-from refresh import delivery, partitions, totals
+from refresh import delivery, partitions, stripe_events, totals
 from tasks.app import app, config, database
 from tasks.batch import log_finished
 from tasks.publish import messages_waiting, publish_queue
@@ -19,15 +19,21 @@ from tasks.scan import open_current_slot
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+STRIPE_EVENTS_MAX = 200
+"""Events of Stripe's that one upkeep looks at, some ten milliseconds each."""
+
 log: structlog.stdlib.BoundLogger = structlog.get_logger("credits.upkeep")
 
 
 @app.task(name=TaskNames.UPKEEP)
 def upkeep() -> None:
-    """Give up what was tried too often, finish runs, publish what waits, open a missed slot, make partitions."""
+    """Give up what was tried too often, finish runs, publish what waits, open a missed slot, make partitions.
+
+    And look again at events of Stripe's that wait for something.
+    """
     steps: list[Callable[[], object]] = [_make_partitions]
     if config.credit_refresh_enabled:
-        steps = [_give_up, _finish, _publish, open_current_slot, _make_partitions]
+        steps = [_give_up, _finish, _publish, open_current_slot, _make_partitions, _process_stripe_events]
     for step in steps:
         try:
             step()
@@ -73,6 +79,13 @@ def _make_partitions() -> None:
     with database().transaction(lock_timeout=partitions.LOCK_TIMEOUT) as connection:
         for name in partitions.ensure_partitions(connection):
             log.info(f"{logs.PREFIX} Made partition {name}")
+
+
+def _process_stripe_events() -> None:
+    terms = stripe_events.Terms(config.stripe_plan_after_cancel)
+    with database().statements() as connection:
+        for done in stripe_events.process_waiting(connection, terms, limit=STRIPE_EVENTS_MAX):
+            log.info(f"{logs.PREFIX} Stripe event", event_id=done.id, outcome=done.outcome, user=done.user)
 
 
 @signals.worker_ready.connect
