@@ -14,5 +14,20 @@ from models.run import Run
 from models.setting import Setting
 from models.timezone import Timezone
 from models.user import User
+from models.webhook_delivery import WebhookDelivery
+from models.webhook_endpoint import WebhookEndpoint
 
-__all__ = ["ApiKey", "AuditLog", "Base", "Batch", "History", "Plan", "Run", "Setting", "Timezone", "User"]
+__all__ = [
+    "ApiKey",
+    "AuditLog",
+    "Base",
+    "Batch",
+    "History",
+    "Plan",
+    "Run",
+    "Setting",
+    "Timezone",
+    "User",
+    "WebhookDelivery",
+    "WebhookEndpoint",
+]
