@@ -15,7 +15,7 @@ import settings
 from api import problems
 from api.access_log import AccessLog
 from api.limits import Limiter
-from api.routes import bulk, health, me, reports, reset, run_actions, runs, users
+from api.routes import bulk, health, me, reports, reset, run_actions, runs, users, webhooks
 from api.tokens import Tokens
 from db import Database
 
@@ -63,7 +63,7 @@ def create_app(config: settings.Settings) -> FastAPI:
     app.state.database = database
     app.state.tokens = Tokens(config)
     app.state.limiter = Limiter(config.api_rate_limit, config.broker_url)
-    for router in (users, bulk, reports, runs, run_actions, reset, me, health, problems):
+    for router in (users, bulk, reports, runs, run_actions, reset, me, webhooks, health, problems):
         app.include_router(router.router)
     problems.install(app)
     app.add_middleware(AccessLog)

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from fastapi import Depends, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from refresh.keys import check_key
 
 from api.problems import Problem
 from api.tokens import JwksUnavailableError, Tokens
+from refresh.keys import check_key
 
 if TYPE_CHECKING:
     from collections.abc import Callable

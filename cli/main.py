@@ -36,6 +36,7 @@ _COMMANDS = {
     "up": ("cli.up", "Run workers, beat and Flower until Ctrl-C."),
     "users": ("cli.users", "Import users, show one, give dates to those who have none."),
     "verify": ("cli.verify", "Check that the books are right."),
+    "webhooks": ("cli.webhooks", "Tell others what happens: endpoints, and what was sent to them."),
     "why": ("cli.why", "Say why a user is, or is not, refreshed."),
 }
 

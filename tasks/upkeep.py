@@ -10,9 +10,10 @@ from kombu.exceptions import OperationalError
 
 import logs
 from celeryconfig import QueueNames, TaskNames
-from refresh import delivery, partitions, totals
+from refresh import delivery, partitions, totals, webhook_events
 from tasks.app import app, config, database
 from tasks.batch import log_finished
+from tasks.deliver import ring_for_webhooks
 from tasks.publish import messages_waiting, publish_queue
 from tasks.scan import open_current_slot
 
@@ -24,10 +25,13 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger("credits.upkeep")
 
 @app.task(name=TaskNames.UPKEEP)
 def upkeep() -> None:
-    """Give up what was tried too often, finish runs, publish what waits, open a missed slot, make partitions."""
-    steps: list[Callable[[], object]] = [_make_partitions]
+    """Give up what was tried too often, finish runs, publish what waits, open a missed slot, make partitions.
+
+    And ring for what webhook endpoints are to be told, disabled or not.
+    """
+    steps: list[Callable[[], object]] = [_make_partitions, _tell_of_silence, _ring_for_webhooks]
     if config.credit_refresh_enabled:
-        steps = [_give_up, _finish, _publish, open_current_slot, _make_partitions]
+        steps = [_give_up, _finish, _publish, open_current_slot, *steps]
     for step in steps:
         try:
             step()
@@ -73,6 +77,18 @@ def _make_partitions() -> None:
     with database().transaction(lock_timeout=partitions.LOCK_TIMEOUT) as connection:
         for name in partitions.ensure_partitions(connection):
             log.info(f"{logs.PREFIX} Made partition {name}")
+
+
+def _tell_of_silence() -> None:
+    with database().statements() as connection:
+        told = webhook_events.tell_silence(connection)
+    if told:
+        log.warning(f"{logs.PREFIX} Nobody was refreshed for days: webhook endpoints are told", endpoints=told)
+
+
+def _ring_for_webhooks() -> None:
+    with database().statements() as connection:
+        ring_for_webhooks(connection)
 
 
 @signals.worker_ready.connect
