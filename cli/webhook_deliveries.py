@@ -25,8 +25,8 @@ ERROR_SHOWN = 60
 def deliveries() -> None:
     """Messages to webhook endpoints: what became of them, and dead ones sent again.
 
-    A message that fails is tried ten times within three days, and is dead then. Delivered ones are kept for 7 days, dead
-    ones for 30.
+    A message that fails is tried ten times within three days, and is dead then. Delivered ones are kept for 7 days,
+    dead ones for 30.
     """
 
 
@@ -42,9 +42,9 @@ def list_(*, status: str | None, endpoint: UUID | None, before: int | None, limi
     """List messages, the newest first.
 
     \b
-    With --json: deliveries, of which each has id, messageId (the header webhook-id), endpointId, type, status, attempts,
-    nextAttemptAt, lastStatus, lastError, createdAt, finishedAt; and next, to give to --before for the next page, null
-    on the last one.
+    With --json: deliveries, of which each has id, messageId (the header webhook-id), endpointId, type, status,
+    attempts, nextAttemptAt, lastStatus, lastError, createdAt, finishedAt; and next, to give to --before for the next
+    page, null on the last one.
 
     \b
     Examples:

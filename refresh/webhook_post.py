@@ -133,7 +133,7 @@ class _Lane:
         async with httpx.AsyncClient(
             verify=self._sender.tls,
             trust_env=False,
-            timeout=httpx.Timeout(ATTEMPT_SECONDS, connect=CONNECT_SECONDS),
+            timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),  # each attempt has a limit of its own
             limits=httpx.Limits(max_connections=PARALLEL, max_keepalive_connections=PARALLEL),
         ) as client:
             await asyncio.gather(*(self._work(client) for _ in range(min(PARALLEL, len(self._waiting)))))
