@@ -213,6 +213,9 @@ class Settings(BaseSettings):
     credit_refresh_planned_days: int = Field(default=90, ge=1, le=36_500)
     """How long the rows that a dry run has planned are kept, and can be applied."""
 
+    webhooks_allow_private: bool = False
+    """Webhooks may go to private networks and to this machine, and by http; otherwise to public addresses by https."""
+
     credits_free_tier: int = Field(default=1_000, ge=1, le=2**63 - 1)
     credits_pro_tier: int = Field(default=20_000, ge=1, le=2**63 - 1)
 

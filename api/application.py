@@ -15,7 +15,7 @@ from api import docs_page, problems
 from api.access_log import AccessLog
 from api.document import Documented
 from api.limits import Limiter
-from api.routes import bulk, health, me, reports, reset, run_actions, runs, stripe, users
+from api.routes import bulk, health, me, reports, reset, run_actions, runs, stripe, users, webhooks
 from api.tokens import Tokens
 from db import Database
 
@@ -69,7 +69,7 @@ def create_app(config: settings.Settings) -> FastAPI:
     app.state.database = database
     app.state.tokens = Tokens(config)
     app.state.limiter = Limiter(config.api_rate_limit, config.broker_url)
-    for guarded in (users, bulk, reports, runs, run_actions, reset, me):
+    for guarded in (users, bulk, reports, runs, run_actions, reset, me, webhooks):
         app.include_router(guarded.router, responses=problems.GUARDED)
     for other in (stripe, health, problems, docs_page):
         app.include_router(other.router)

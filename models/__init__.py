@@ -17,6 +17,8 @@ from models.stripe_event import StripeEvent
 from models.stripe_subscription import StripeSubscription
 from models.timezone import Timezone
 from models.user import User
+from models.webhook_delivery import WebhookDelivery
+from models.webhook_endpoint import WebhookEndpoint
 
 __all__ = [
     "ApiKey",
@@ -32,4 +34,6 @@ __all__ = [
     "StripeSubscription",
     "Timezone",
     "User",
+    "WebhookDelivery",
+    "WebhookEndpoint",
 ]

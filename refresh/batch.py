@@ -17,6 +17,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from refresh.closing import CLOSE, DEFER, DEFER_NOBODY, LOCK_ALL, LOCK_SKIPPING, LOCK_WAITING
+from refresh.webhook_events import TELL_USERS
 
 if TYPE_CHECKING:
     import psycopg
@@ -223,10 +224,22 @@ audit AS (
 """
 
 _CLOSED = COUNT.format(failed="overflow") + CLOSE
-_REFRESH = GRANT + DEFER + _CLOSED
-GRANT_MANY = TAKE.format(work="refresh", dry_run="false", lock=LOCK_SKIPPING) + _DECIDED + _REFRESH
-GRANT_ONE = TAKE.format(work="refresh", dry_run="false", lock=LOCK_WAITING) + _DECIDED + _REFRESH
-GRANT_ALL = TAKE.format(work="refresh", dry_run="false", lock=LOCK_ALL) + _DECIDED + GRANT + DEFER_NOBODY + _CLOSED
+
+
+def _granting(lock: str, defer: str, *, tell: str = "") -> str:
+    return TAKE.format(work="refresh", dry_run="false", lock=lock) + _DECIDED + GRANT + tell + defer + _CLOSED
+
+
+GRANT_MANY = _granting(LOCK_SKIPPING, DEFER)
+GRANT_ONE = _granting(LOCK_WAITING, DEFER)
+GRANT_ALL = _granting(LOCK_ALL, DEFER_NOBODY)
+TELLING = {
+    GRANT_MANY: _granting(LOCK_SKIPPING, DEFER, tell=TELL_USERS),
+    GRANT_ONE: _granting(LOCK_WAITING, DEFER, tell=TELL_USERS),
+    GRANT_ALL: _granting(LOCK_ALL, DEFER_NOBODY, tell=TELL_USERS),
+}
+"""The same, for when a webhook endpoint wants to know of users."""
+
 PLAN = (
     TAKE.format(work="refresh", dry_run="true", lock="ORDER BY u.id")
     + _DECIDED

@@ -16,6 +16,7 @@ from refresh import delivery, pacing, totals
 from refresh.batch import granted_users
 from refresh.work import Pending, do_batch, pending_batches
 from tasks.app import app, config, database
+from tasks.deliver import ring_for_webhooks
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -49,8 +50,9 @@ def _work(batch_ids: list[int]) -> None:
             return
         done = [pending for pending in pending_batches(connection, batch_ids) if _do(connection, pending)]
         perhaps_ended = {pending.run_id for pending in done if not pending.far_from_end}
-        if perhaps_ended:
-            log_finished(totals.finish_runs(connection, perhaps_ended))
+        if perhaps_ended and (ended := totals.finish_runs(connection, perhaps_ended)):
+            log_finished(ended)
+            ring_for_webhooks(connection)
 
 
 def _do(connection: psycopg.Connection[Any], pending: Pending) -> Outcome | None:
