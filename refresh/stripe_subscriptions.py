@@ -196,7 +196,7 @@ def _set_plan(  # noqa: PLR0913 - the event, the user, and both sides of it
         return None
     connection.execute(_SET, {"plan_code": plan_code, "day": day, "user_id": user_id})
     connection.execute(_RESTORE_DATE, {"user_id": user_id})
-    detail = {"event": event.id, "subscription": after.lead, "plan": [before.plan_code, plan_code]}
+    detail: dict[str, Any] = {"event": event.id, "subscription": after.lead, "plan": [before.plan_code, plan_code]}
     if day != before.day:
         detail["creditRefreshDay"] = [before.day, day]
     connection.execute(_AUDIT, {"user_id": user_id, "detail": Jsonb(detail)})

@@ -199,8 +199,7 @@ def test_what_is_signed_and_no_event_is_invalid(api: Api, world: World, body: by
 def test_a_body_larger_than_any_of_stripes_is_not_read_to_its_end(api: Api) -> None:
     body = b" " * (2**20 + 1)
     answer = api.post(body, sign(body))
-    assert answer.status_code == 422
-    assert "1,048,576 bytes" in answer.json()["detail"]
+    assert answer.status_code == 413
 
 
 def test_what_cannot_be_done_now_is_503_and_kept_for_later(api: Api, world: World) -> None:

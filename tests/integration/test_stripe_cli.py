@@ -69,7 +69,7 @@ def test_replay_takes_what_is_unsettled_or_what_is_named(world: World, cli: Cli,
     done = cli.facts("webhooks", "replay", "--outcome", "unknown_plan", "--yes")
     assert [event["outcome"] for event in done["events"]] == ["plan_set"]
     assert world.see(ada)["plan_code"] == "gold"
-    assert "1 event processed: 1 plan_set." in cli.says("webhooks", "replay", raw["id"])
+    assert "1 event processed: 1 unchanged." in cli.says("webhooks", "replay", raw["id"])
     assert [row["action"] for row in world.audit(ada)].count("stripe_plan_set") == 1
 
 

@@ -50,7 +50,7 @@ def test_eight_events_about_one_period_at_once_grant_once(world: World, ada: int
     for raw in events:
         raw["data"]["object"]["lines"]["data"][0]["period"] = period
 
-    with world.calls(*[lambda raw=raw: deliver(world, raw) for raw in events]) as calls:  # type: ignore[misc]
+    with world.calls(*[lambda raw=raw: deliver(world, raw) for raw in events]) as calls:
         calls.start()
         done = calls.results()
     assert sorted(str(event.outcome) for event in done) == ["already_granted"] * 7 + ["granted"]
@@ -68,7 +68,7 @@ def test_a_whole_checkout_at_once_comes_to_what_it_is(world: World) -> None:
             named.says("updated", previous={"status": "incomplete"}),
             subscription.paid(shape="2022"),
         ]
-        with world.calls(*[lambda raw=raw: deliver(world, raw) for raw in events]) as calls:  # type: ignore[misc]
+        with world.calls(*[lambda raw=raw: deliver(world, raw) for raw in events]) as calls:
             calls.start()
             calls.results()
         assert world.see(user_id)["plan_code"] == "pro-monthly"
