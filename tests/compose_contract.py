@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from celery.bin.celery import celery
 from flower.options import default_options  # type: ignore[import-untyped]
+from uvicorn.main import main as uvicorn
 
 import celeryconfig
 from cli.main import main
@@ -43,6 +44,8 @@ REDIS = {
     "maxmemory-policy": "noeviction",
 }
 FLOWER = {"--read-only": ("", "True"), "--purge-offline-workers": ("10",), "--max-tasks": ("10000",)}
+API = ("--no-access-log", "--no-server-header", "--timeout-graceful-shutdown")
+"""Uvicorn's log has queries; and it would wait for as long as somebody follows a run."""
 POSTGRES_VOLUME = "/var/lib/postgresql"
 NON_ROOT = re.compile(r"[1-9][0-9]*:[1-9][0-9]*")
 LOOPBACK = "127.0.0.1:"
@@ -60,7 +63,7 @@ def problems(compose: dict[str, Any], dockerfile: str) -> list[str]:
         found += [f"{name}: {problem}" for problem in _variables(name, service)]
         if "build" in service:
             found += [f"{name}: {problem}" for problem in _command(service)]
-    for name, check in (("redis", _redis), ("flower", _flower), ("postgres", _postgres)):
+    for name, check in (("redis", _redis), ("flower", _flower), ("postgres", _postgres), ("api", _api)):
         if name in services:
             found += [f"{name}: {problem}" for problem in check(services[name])]
         else:
@@ -195,29 +198,36 @@ def _words(service: Service) -> list[str]:
 def _command(service: Service) -> Iterator[str]:
     """Walk a command line through the Click commands that will read it."""
     words = _words(service)
-    command: click.Command | None = {"credits": main, "celery": celery}.get(words[0]) if words else None
+    command: click.Command | None = (
+        {"credits": main, "celery": celery, "uvicorn": uvicorn}.get(words[0]) if words else None
+    )
     if command is None:
-        yield "its command must be a list that starts with credits or celery"
+        yield "its command must be a list that starts with credits, celery or uvicorn"
         return
-    words = words[1:]
+    called, words = words[0], words[1:]
     while words:
         word, _, value = words.pop(0).partition("=")
         if word.startswith("-"):
-            option = next((option for option in command.params if word in option.opts), None)
+            option = next((option for option in command.params if word in _spellings(option)), None)
             if option is None:
-                yield f"{command.name} has no option {word}"
+                yield f"{called} has no option {word}"
             elif isinstance(option, click.Option) and not option.is_flag and not value:
                 words = words[1:]
         elif isinstance(command, click.Group):
             found = command.get_command(click.Context(command), word)
             if found is None:
-                yield f"{command.name} has no command {word}"
+                yield f"{called} has no command {word}"
                 return
-            command = found
+            called, command = word, found
             if word == "flower":  # Tornado reads what follows
                 unknown = [option for option in _options(words) if _tornado_name(option) not in default_options]
                 yield from (f"flower has no option {option}" for option in unknown)
                 return
+
+
+def _spellings(option: click.Parameter) -> list[str]:
+    """`--access-log`, and `--no-access-log`."""
+    return [*option.opts, *option.secondary_opts]
 
 
 def _tornado_name(option: str) -> str:
@@ -297,9 +307,30 @@ def _flower(service: Service) -> Iterator[str]:
         yield "must ask for a password (FLOWER_BASIC_AUTH)"
     if options.get("--persistent") is not None:
         yield "--persistent pickles what it keeps"
-    port = options.get("--port")
+    yield from _published(service, options.get("--port"))
+
+
+def _published(service: Service, port: str | None) -> Iterator[str]:
     if [str(published).removeprefix(LOOPBACK).split(":")[-1] for published in service.get("ports", ())] != [port]:
         yield f"the published port is not its --port={port}"
+
+
+def _api(service: Service) -> Iterator[str]:
+    words, options = _words(service), _options(_words(service))
+    if words[1:2] != ["api:app"]:
+        yield "it does not serve api:app"
+    for option in API:
+        if option not in options:
+            yield f"must be started with {option}"
+    grace = _seconds(service.get("stop_grace_period", "0s"))
+    if int(options.get("--timeout-graceful-shutdown") or 0) >= grace:
+        yield "is killed before it has cut the connections that last"
+    if options.get("--host") != "0.0.0.0":  # noqa: S104 - within the networks of the file
+        yield "nobody else reaches it at its --host"
+    yield from _published(service, options.get("--port"))
+    check = " ".join(service.get("healthcheck", {}).get("test", ()))
+    if check and f"127.0.0.1:{options.get('--port')}/healthz" not in check:
+        yield "its health check does not ask /healthz at its port"
 
 
 def _instructions(dockerfile: str) -> list[tuple[str, str]]:
@@ -312,7 +343,8 @@ def _copies(dockerfile: str) -> Iterator[str]:
     sources = copied(dockerfile)
     packaged = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["tool"]["setuptools"]
     modules = [f"{module}.py" for module in packaged["py-modules"]]
-    for needed in ("pyproject.toml", "alembic.ini", "migrations", *modules, *packaged["packages"]):
+    folders = [package for package in packaged["packages"] if "." not in package]  # with all that is in them
+    for needed in ("pyproject.toml", "alembic.ini", "migrations", *modules, *folders):
         if needed not in sources:
             yield f"does not copy {needed}"
     for source in sources:

@@ -18,6 +18,7 @@ from db import transaction
 from refresh import replay, runs
 from refresh.at_once import LOCK_ATTEMPTS, do_at_once
 from refresh.history import user_history
+from refresh.import_columns import MAX_KEY_CHARACTERS
 from refresh.single import open_single, read_single
 from refresh.user_settings import HOLD, UserSettings, change_settings, read_settings
 from refresh.verdict import explain_user
@@ -31,7 +32,8 @@ PAGE_MAX = 500
 DEFAULT_REASON = "HTTP API"
 
 UserId = Annotated[
-    Text, Path(alias="userId", min_length=1, max_length=255, description="Your app's own id of the user.")
+    Text,
+    Path(alias="userId", min_length=1, max_length=MAX_KEY_CHARACTERS, description="Your app's own id of the user."),
 ]
 Before = Annotated[str | None, Query(pattern=r"^[1-9][0-9]{0,17}$", description="Older than this entry: `next`.")]
 Limit = Annotated[int, Query(ge=1, le=PAGE_MAX)]

@@ -139,7 +139,6 @@ def deployed(cluster: Cluster, folder: Path) -> Iterator[Deployment]:
                 CRON_SECRET=CRON_SECRET,
                 JWT_SECRET=JWT_SECRET,
                 API_RATE_LIMIT="100000/second",
-                LOG_LEVEL="DEBUG",
                 LOG_FORMAT="json",
             )
             made = Deployment(cluster, database, name, World(database, sql), launcher, redis, env)

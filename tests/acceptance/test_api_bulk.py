@@ -74,7 +74,7 @@ def test_a_bulk_refresh_is_accepted_and_done_by_workers(
         ({"userIds": ["due", "early", "unknown", "due"]}, {"due"}),
         ({"userIds": ["due", "early"], "force": True}, {"due", "early"}),
         ({"balanceBelow": 900}, {"due", "pro"}),
-        ({"planCode": "free", "balanceBelow": "900", "force": True}, {"due", "early"}),
+        ({"planCode": "free", "balanceBelow": "900", "force": True}, {"due", "early", "gone"}),
         ({"active": False, "force": True}, {"gone"}),
         ({"nextRefreshBefore": "2001-01-01T00:00:00+02:00"}, {"pro"}),
     ],
@@ -106,7 +106,7 @@ def test_whom_it_selects(client: httpx.Client, world: World, body: dict[str, Any
         ({"balanceBelow": str(2**63)}, "body", "64 bits"),
         ({"all": "yes"}, "all", "boolean"),
         ({"all": True, "dryRun": "off"}, "dryRun", "boolean"),
-        ({"all": True, "dry_run": 1}, "dryRun", "boolean"),
+        ({"all": True, "dry_run": 1}, "dry_run", "boolean"),
         ({"all": True, "reason": ""}, "reason", "at least 1"),
         ({"all": True, "reason": "x" * 1_001}, "reason", "at most 1000"),
         ({"all": True, "reason": "a\0b"}, "reason", "code 0"),
@@ -137,7 +137,7 @@ def test_what_contradicts_itself_names_the_field(
         ({"planCode": "platinum"}, "there is no plan 'platinum'; known are: free, pro"),
         ({"userIds": ["nobody-1", "nobody-2"]}, "none of the 2 ids in userIds is a user's"),
         ({"userIds": ["  "]}, "userIds.0 is no id"),
-        ({"userIds": ["x" * 300]}, "userIds.0 is no id"),
+        ({"userIds": ["x" * 501]}, "userIds.0 is no id"),
         ({"all": True}, "nobody matches"),
         ({"all": True, "asOf": "2999-01-01T00:00:00Z"}, "lies in the future"),
         ({"all": True, "asOf": "2999-01-01T00:00:00Z", "dryRun": True}, "ahead"),
@@ -231,6 +231,7 @@ def test_a_run_is_cancelled(client: httpx.Client, world: World) -> None:
     problem(client.post(f"/api/admin/runs/{run['runId']}/cancel"), 409, "refused")
     retried = act(client, run["runId"], "retry").json()
     assert retried["usersSelected"] == said["usersCancelled"]
+    act(client, retried["runId"], "cancel")  # as slow as the first, and tests come after this one
 
 
 @pytest.mark.parametrize("action", ["apply", "rollback", "retry", "cancel"])

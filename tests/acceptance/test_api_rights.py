@@ -113,6 +113,13 @@ class Callers:
 
 
 @pytest.fixture(scope="module")
+def deployment(deployment: Deployment) -> Deployment:
+    """At the level that logs most: no token is in it."""
+    deployment.env["LOG_LEVEL"] = "DEBUG"
+    return deployment
+
+
+@pytest.fixture(scope="module")
 def callers(deployment: Deployment) -> Callers:
     world, now = deployment.world, int(time.time())
     world.user("ada", due_in="20 days")
@@ -171,23 +178,22 @@ def test_each_route_opens_to_whom_it_is_for(deployment: Deployment, callers: Cal
             problem(answer, 403, "forbidden")
 
 
-class TestWithoutAnySecret:
-    """What has no secret is closed, whatever is shown: to nobody, to words that a careless check would let in."""
+@pytest.fixture(scope="module")
+def closed(deployment: Deployment) -> httpx.Client:
+    secrets = dict.fromkeys(("ADMIN_TOKEN", "CRON_SECRET", "JWT_SECRET"), "")
+    return deployment.client(token=None, api=deployment.launcher.api({**deployment.env, **secrets}))
 
-    @pytest.fixture(scope="class")
-    def closed(self, deployment: Deployment) -> httpx.Client:
-        secrets = dict.fromkeys(("ADMIN_TOKEN", "CRON_SECRET", "JWT_SECRET"), "")
-        return deployment.client(token=None, api=deployment.launcher.api({**deployment.env, **secrets}))
 
-    @pytest.mark.parametrize("route", [route for route in ROUTES if TABLE.get(route) != OPEN])
-    def test_routes_are_closed(self, closed: httpx.Client, callers: Callers, route: str) -> None:
-        request = callers.request(route)
-        unsigned = signed(secret="", algorithm="none")
-        empty = ("", "None", "null", "Bearer", "undefined", unsigned, _by_an_empty_secret())
-        shown = [{"Authorization": f"Bearer {word}".strip()} for word in empty]
-        shown += [callers.headers[name] for name in ("nobody", "the admin token", "cron", "a user")]
-        for headers in shown:
-            problem(closed.request(**request, headers={**headers, **fresh_key()}), 401, "unauthenticated")
+@pytest.mark.parametrize("route", [route for route in ROUTES if TABLE.get(route) != OPEN])
+def test_routes_without_a_secret_are_closed(closed: httpx.Client, callers: Callers, route: str) -> None:
+    """Whatever is shown: nothing, words that a careless check would let in, what would open them elsewhere."""
+    request = callers.request(route)
+    unsigned = signed(secret="", algorithm="none")
+    empty = ("", "None", "null", "Bearer", "undefined", unsigned, _by_an_empty_secret())
+    shown = [{"Authorization": f"Bearer {word}".strip()} for word in empty]
+    shown += [callers.headers[name] for name in ("nobody", "the admin token", "cron", "a user")]
+    for headers in shown:
+        problem(closed.request(**request, headers={**headers, **fresh_key()}), 401, "unauthenticated")
 
 
 def _by_an_empty_secret() -> str:

@@ -65,8 +65,9 @@ def test_nothing_is_changed_under_another_version(client: httpx.Client, world: W
     stale = put(client, "versioned", if_match=read, creditRefreshDay=6)
     problem(stale, 412, "precondition-failed")
     assert world.see(user_id)["credit_refresh_day"] == 5
-    for version in ("*", f"W/{client.get(url('versioned')).headers['etag']}"):
-        assert put(client, "versioned", if_match=version, creditRefreshDay=7).status_code == 200
+    assert put(client, "versioned", if_match="*", creditRefreshDay=7).status_code == 200
+    weak = f"W/{client.get(url('versioned')).headers['etag']}"  # as a proxy that compresses makes it
+    assert put(client, "versioned", if_match=weak, creditRefreshDay=7).status_code == 200
     # A grant moves the date and the balance, which nobody sets here: the version stays.
     read = client.get(url("versioned")).headers["etag"]
     client.post("/api/admin/users/versioned/refresh-credits", json={"force": True})

@@ -12,7 +12,7 @@ from tasks.app import app
 
 PRODUCT = sorted(
     path
-    for folder in ("", "api", "cli", "embedded", "models", "refresh", "tasks")
+    for folder in ("", "api", "api/routes", "cli", "embedded", "models", "refresh", "tasks")
     for path in (CHECKOUT / folder).glob("*.py")
 )
 
