@@ -28,7 +28,7 @@ def receiver() -> Iterator[Receiver]:
         yield made
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A test that lets a server hang need not wait for ten seconds."""
     monkeypatch.setattr(webhook_post, "ATTEMPT_SECONDS", 0.6)
@@ -100,6 +100,7 @@ def test_after_the_last_attempt_it_is_dead(world: World, receiver: Receiver) -> 
     assert len(receiver.requests) == ATTEMPTS_MAX == 10
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_server_that_hangs_costs_the_others_nothing(world: World, receiver: Receiver) -> None:
     with receiving() as hanging:
         hanging.hold.clear()
@@ -158,6 +159,7 @@ def slow_body(handler: Handler) -> None:
     time.sleep(2)
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_server_that_drips_is_ended_by_the_whole_attempts_limit(world: World, receiver: Receiver) -> None:
     added, _ = endpoint(world, "run.finished", url=receiver.url())
     write(world, added)
@@ -169,6 +171,7 @@ def test_a_server_that_drips_is_ended_by_the_whole_attempts_limit(world: World, 
     assert (row["last_status"], row["last_error"]) == (None, "no answer within 1 s")
 
 
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("answer", [endless, slow_body])
 def test_a_bodys_end_is_not_waited_for(world: World, receiver: Receiver, answer: Any) -> None:
     added, _ = endpoint(world, "run.finished", url=receiver.url())
@@ -248,7 +251,10 @@ def test_nothing_is_held_in_a_transaction_while_a_message_is_on_its_way(world: W
     added, _ = endpoint(world, "run.finished", url=receiver.url())
     write(world, added)
     receiver.hold.clear()
-    busy = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'test' AND xact_start IS NOT NULL"
+    busy = (
+        "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'test' AND xact_start IS NOT NULL"
+        " AND datname = current_database() AND pid <> pg_backend_pid()"
+    )
     with world.calls(lambda: deliver(world)) as sending:
         sending.start()
         world.until(lambda: len(receiver.requests) == 1, "the message is on its way")
