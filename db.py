@@ -37,8 +37,8 @@ STATEMENT_TIMEOUT_SECONDS = 30
 IDLE_IN_TRANSACTION_SECONDS = 60
 CONNECT_TIMEOUT_SECONDS = 5
 SILENCE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 4, "tcp_user_timeout": 30_000}
-"""A wire that has gone silent for good is given up after half a minute, where TCP's own patience is a quarter of an hour
-or two hours. The names are libpq's; a local socket has no use for them."""
+"""A wire that has gone silent for good is given up after half a minute; TCP's own patience is a quarter of an hour, or
+two hours. The names are libpq's; a local socket has no use for them."""
 IDLE_SECONDS = 1.0
 """A pooled connection that was idle for longer is asked whether it still is one."""
 
