@@ -52,7 +52,7 @@ class Fault:
     aims: tuple[str, ...]
     about: str
     unavailable: Unavailable = _never
-    bound_seconds: float = 30.0
+    bound_seconds: float = 45.0
 
 
 FAULTS: dict[str, Fault] = {}
