@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import redis
@@ -135,7 +135,7 @@ def connections(url: str) -> redis.ConnectionPool:
     """Connections to the Redis that Celery finds at the URL: what it reads in its own way is read alike here."""
     parts = urlsplit(url)
     query = dict(parse_qsl(parts.query))
-    where: dict[str, object]
+    where: dict[str, Any]  # redis-py's own arguments, each of its own type
     if parts.scheme == "redis+socket":
         database = query.get("virtual_host", "")
         where = {"connection_class": redis.UnixDomainSocketConnection, "path": unquote(parts.path)}

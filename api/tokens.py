@@ -43,7 +43,7 @@ class Tokens:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._secret = settings.jwt_secret and settings.jwt_secret.get_secret_value()
+        self._secret = settings.jwt_secret.get_secret_value() if settings.jwt_secret else None
         self._keys = _KeyServer(settings.jwks_url) if settings.jwks_url else None
         self._audience = settings.jwt_audience
         self._issuer = settings.jwt_issuer
@@ -67,6 +67,7 @@ class Tokens:
 
     def _claims(self, token: str) -> dict[str, Any]:
         key: str | jwt.PyJWK
+        algorithms: tuple[str, ...]
         if self._secret is not None:
             key, algorithms = self._secret, ("HS256",)
         elif self._keys is not None:
