@@ -69,7 +69,8 @@ class _Memory:
     """The windows of this process.
 
     Our own, because the library's starts a thread for every hundredth of a second with requests, which goes through
-    all callers that there ever were and forgets none.
+    all callers that there ever were and forgets none: after 100,000 callers, 90 requests a second cost three fifths of
+    a core, and here a fiftieth.
     """
 
     def __init__(self, item: RateLimitItem) -> None:
