@@ -170,7 +170,8 @@ def _durations(snapshot: Snapshot) -> Iterator[Metric]:
 def _waiting(queues: Queues) -> Iterator[Metric]:
     family = GaugeMetricFamily(
         "credits_queue_messages",
-        f"Messages that no worker has taken. {_QUEUES} `control` has scans and upkeep; `dead` keeps refused messages.",
+        f"Messages that no worker has taken. {_QUEUES} `control` has scans and upkeep, `webhooks` what "
+        "endpoints are to be told; `dead` keeps refused messages.",
         labels=["queue"],
     )
     for queue, messages in queues.waiting.items():

@@ -8,7 +8,7 @@ no run (insert, function, trigger) are not among them: their rows go with their 
 from __future__ import annotations
 
 import threading
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -68,11 +68,9 @@ class Ended:
     within: tuple[int, ...] = (0,) * len(DURATIONS)
 
     def __add__(self, other: Ended) -> Ended:
-        *numbers, within = (
-            tuple(map(sum, zip(mine, theirs, strict=True))) if isinstance(mine, tuple) else mine + theirs
-            for mine, theirs in zip(astuple(self), astuple(other), strict=True)
-        )
-        return Ended(*numbers, within=within)
+        names = [field.name for field in fields(self) if field.name != "within"]
+        sums: dict[str, Any] = {name: getattr(self, name) + getattr(other, name) for name in names}
+        return Ended(**sums, within=tuple(map(sum, zip(self.within, other.within, strict=True))))
 
 
 Which = tuple[str, bool, str]
