@@ -83,7 +83,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
         asker.close()
 
 
-def _servers(request: Request) -> _Servers:
+async def _servers(request: Request) -> _Servers:
     servers: _Servers = request.state.servers
     return servers
 
