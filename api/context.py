@@ -11,12 +11,13 @@ from db import Database
 from settings import Settings
 
 
-def _config(request: Request) -> Settings:
+# Coroutines, though they wait for nothing: a plain function would be given a thread each time.
+async def _config(request: Request) -> Settings:
     config: Settings = request.app.state.config
     return config
 
 
-def _database(request: Request) -> Database:
+async def _database(request: Request) -> Database:
     database: Database = request.app.state.database
     return database
 

@@ -47,7 +47,9 @@ class _Collected(Collector):
 
     def collect(self) -> Iterator[Metric]:
         up = self._snapshot is not None
-        yield _gauge("credits_database_up", "1 while the database answers; without it most others are missing.", up)
+        yield _gauge(
+            "credits_database_up", "1 while the database answers in time; without it most others are missing.", up
+        )
         yield _gauge("credits_broker_up", "1 while the broker (Redis or RabbitMQ) answers.", self._queues is not None)
         if self._snapshot is not None:
             yield from _now(self._snapshot)
@@ -170,7 +172,8 @@ def _durations(snapshot: Snapshot) -> Iterator[Metric]:
 def _waiting(queues: Queues) -> Iterator[Metric]:
     family = GaugeMetricFamily(
         "credits_queue_messages",
-        f"Messages that no worker has taken. {_QUEUES} `control` has scans and upkeep; `dead` keeps refused messages.",
+        f"Messages that no worker has taken. {_QUEUES} `control` has scans and upkeep, `webhooks` what "
+        "endpoints are to be told; `dead` keeps refused messages.",
         labels=["queue"],
     )
     for queue, messages in queues.waiting.items():

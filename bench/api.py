@@ -91,9 +91,8 @@ def api(users: int, requests: int, connections: int, repetitions: int) -> None:
         loads = _measure(worlds, ways, repetitions)
         title = f"One API process, {connections} connections, {users:,} users, medians of {repetitions}"
         report.table(title, [_row(way, loads) for way in ways])
-        report.bars(
-            "rates", title, "requests per second", {way.name: _median(loads[way.name], "per_second") for way in ways}
-        )
+        rates = {name: statistics.median(load.per_second for load in found) for name, found in loads.items()}
+        report.bars("rates", title, "requests per second", rates)
         report.figures("sizes", asdict(sizes))
         report.figures("loads", {name: [_facts(load) for load in found] for name, found in loads.items()})
 
@@ -226,10 +225,6 @@ def _row(way: Way, loads: dict[str, list[Load]]) -> dict[str, object]:
         "ratio": ratio,
         "CPU of who asks": f"{statistics.median(load.cpu_seconds / load.seconds for load in found):.0%}",
     }
-
-
-def _median(loads: list[Load], attribute: str) -> float:
-    return statistics.median(getattr(load, attribute) for load in loads)
 
 
 def _facts(load: Load) -> dict[str, float]:

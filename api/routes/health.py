@@ -20,7 +20,7 @@ from api.schema import Answer
 from db import REVISION, Database, DatabaseError
 from refresh.metrics import Reader as MetricsReader
 from refresh.metrics import Snapshot
-from tasks import broker
+from tasks.broker import Queues, ping, read_queues
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -65,7 +65,7 @@ class _Servers:
     tables: Asker[bool]
     broker: Asker[bool]
     snapshot: Asker[Snapshot]
-    queues: Asker[broker.Queues]
+    queues: Asker[Queues]
 
 
 @asynccontextmanager
@@ -76,14 +76,14 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
         Asker("database", lambda: _tables_are_ours(database)),
         Asker("broker", _broker_answers),
         Asker("metrics", lambda: reader.read(database)),
-        Asker("queues", broker.read_queues),
+        Asker("queues", read_queues),
     )
     yield {"servers": servers}
     for asker in (servers.tables, servers.broker, servers.snapshot, servers.queues):
         asker.close()
 
 
-def _servers(request: Request) -> _Servers:
+async def _servers(request: Request) -> _Servers:
     servers: _Servers = request.state.servers
     return servers
 
@@ -152,7 +152,7 @@ def _tables_are_ours(database: Database) -> bool:
 
 
 def _broker_answers() -> bool:
-    broker.ping()
+    ping()
     return True
 
 

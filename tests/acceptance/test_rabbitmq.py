@@ -144,9 +144,8 @@ def test_the_service_works_on_rabbitmq_refuses_what_is_not_ours_and_comes_back_w
     assert texts["dead letters"].startswith(f"{len(REASONS)} messages refused")
     assert texts["workers"].startswith("1 worker answering")
     broker.ping()
-    assert broker.read_queues() == broker.Queues(
-        {"control": 0, "batches": 0, "bulk": 0, "dead": len(REASONS)}, unacked=None
-    )
+    waiting = {**dict.fromkeys(QueueNames.ALL, 0), QueueNames.DEAD: len(REASONS)}
+    assert broker.read_queues() == broker.Queues(waiting, unacked=None)
     dropped, _ = answer(ask(env, "dead-letters", "--drop", "--yes"))
     assert dropped["dropped"] == len(REASONS)
     left, _ = answer(ask(env, "dead-letters"))

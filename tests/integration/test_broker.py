@@ -33,13 +33,14 @@ def redis(servers: embedded.Servers) -> Iterator[Any]:
 def test_queues_are_counted_and_what_is_not_acknowledged(world: World, redis: Any) -> None:
     broker.ping()
     dead = redis.llen(QueueNames.DEAD)
-    assert broker.read_queues() == broker.Queues({"control": 0, "batches": 0, "bulk": 0, "dead": dead}, unacked=0)
+    waiting = {**dict.fromkeys(QueueNames.ALL, 0), QueueNames.DEAD: dead}
+    assert broker.read_queues() == broker.Queues(waiting, unacked=0)
     world.users(3)
     world.scan(batch_size=1)
     publish_batches(world.database, max_attempts=5)
     redis.hset("unacked", "of another program", "taken")
     try:
-        assert broker.read_queues() == broker.Queues({"control": 0, "batches": 0, "bulk": 3, "dead": dead}, unacked=1)
+        assert broker.read_queues() == broker.Queues({**waiting, QueueNames.BULK: 3}, unacked=1)
     finally:
         redis.delete("unacked")
 
