@@ -102,7 +102,7 @@ def link(connection: psycopg.Connection[Any], customer_id: str, external_id: str
         NotFoundError: no such user.
         RefusedError: that is no customer's id.
     """
-    if not customer_id.strip() or "\0" in customer_id or not customer_id.isprintable():
+    if not customer_id.strip() or not customer_id.isprintable():
         raise RefusedError(f"{customer_id!r} is no id of a customer, such as cus_NffrFeUfNV2Hib")
     stripe_inbox.lock_customer(connection, customer_id)
     known = connection.execute(_KNOWN, {"customer_id": customer_id}).fetchone()

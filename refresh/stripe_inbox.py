@@ -35,7 +35,7 @@ OUTCOMES = {
     "no_period": "the invoice is for no billing period: prorations or single items alone",
     "period_over": "the billing period had ended when somebody could have granted it",
     "before_books": "the billing period began before the books: `credits refresh USER --force` grants by hand",
-    "not_external": "the user's plan has dates of its own",
+    "not_external": "the user's plan is none that waits for billing periods",
     "other_subscription": "another subscription of the user's says what their plan is",
     "awaits_subscription": "the price has changed, and the event that says to which plan has not come yet",
     "not_begun": "what it grants begins later",

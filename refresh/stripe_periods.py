@@ -16,14 +16,12 @@ from psycopg.rows import class_row
 
 from db import one
 from refresh import holds, runs, stripe_objects, totals
-from refresh.batch import GRANT_ALL, GRANT_ONE
-from refresh.closing import close_batch
 from refresh.runs import RefusedError
 from refresh.selection import Selection
 from refresh.stripe_inbox import Decision
 from refresh.stripe_objects import ENTITLED
 from refresh.stripe_subscriptions import LEAD
-from refresh.work import pending_batches
+from refresh.work import do_whole, pending_batches
 
 if TYPE_CHECKING:
     import psycopg
@@ -158,17 +156,16 @@ def _refuse(  # noqa: C901, PLR0911 - one for each
     if (
         found.price_since is not None
         and found.price_since < invoice.start
-        and found.price_id != invoice.price_id
+        and invoice.price_id not in {None, found.price_id}
         and found.now < received_at + PRICE_CHANGE_WAIT
     ):
         return Decision("awaits_subscription", f"price {invoice.price_id} after {found.price_id}", found.user_id)
-    if found.cadence is not None and found.cadence != "external":
-        return Decision("not_external", None, found.user_id)
+    if found.cadence != "external":  # the event that gives them such a plan looks at this one again
+        return Decision("not_external", "there is none" if found.cadence is None else None, found.user_id)
     if not found.active:
         return Decision("inactive", None, found.user_id)
     if not found.plan_active:
-        # Without any plan: the event that gives them one looks at this one again.
-        return Decision("no_plan" if found.cadence is not None else "not_external", None, found.user_id)
+        return Decision("no_plan", None, found.user_id)
     begins = _begins(found, invoice)
     if begins >= invoice.end:
         note = f"a period up to {begins.isoformat()} is granted already"
@@ -212,7 +209,7 @@ def _grant(connection: psycopg.Connection[Any], invoice: Invoice, found: _Situat
         return Decision("paused", None, found.user_id)
     batch_ids = [id_ for (id_,) in connection.execute(_BATCH, {"run_id": opened.run_id})]
     (pending,) = pending_batches(connection, batch_ids)
-    done = close_batch(connection, pending.id, GRANT_ALL if pending.atomic else GRANT_ONE)
+    done = do_whole(connection, pending)
     if opened.dry_run or done is None or done.users_refreshed + done.users_skipped != 1:
         raise RefusedError(f"{found.external_id} cannot be granted the period: the balance may not fit 64 bits")
     totals.finish_runs(connection, [opened.run_id])

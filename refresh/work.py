@@ -91,17 +91,17 @@ def do_batch(connection: psycopg.Connection[Any], pending: Pending) -> Outcome |
         psycopg.Error: nothing was changed; upkeep tries again.
     """
     try:
-        return _do_whole(connection, pending)
+        return do_whole(connection, pending)
     except psycopg.Error as error:
         if not isolation.is_poison(error):
             raise
         if pending.atomic:
             return isolation.fail_all(connection, pending.id, error)
-        return isolation.isolate(connection, pending, error, _do_whole)
+        return isolation.isolate(connection, pending, error, do_whole)
 
 
-def _do_whole(connection: psycopg.Connection[Any], pending: Pending) -> Outcome | None:
-    """Do a batch by its kind of work: in autocommit, or in a savepoint of an isolation."""
+def do_whole(connection: psycopg.Connection[Any], pending: Pending) -> Outcome | None:
+    """Do a batch by its kind of work, and all of it or nothing: in autocommit, a transaction or a savepoint."""
     if pending.work == "apply":
         return apply_batch(connection, pending)
     if pending.work == "rollback":

@@ -51,7 +51,7 @@ def test_an_event_is_shown_with_what_stripe_sent(world: World, cli: Cli, ada: in
     deliver(world, raw)
     said = cli.says("webhooks", "show", raw["id"])
     assert "not_external" in said
-    assert "the user's plan has dates of its own" in said
+    assert "the user's plan is none that waits for billing periods" in said
     assert "ada@example.com" in said
     facts = cli.facts("webhooks", "show", raw["id"])
     assert (facts["payload"], facts["outcome"], facts["userId"]) == (raw, "not_external", "ada")

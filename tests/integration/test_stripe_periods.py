@@ -9,7 +9,7 @@ import pytest
 
 from refresh import stripe_events
 from refresh.runs import RefusedError
-from tests.integration import billing
+from tests.integration import billing, hooks
 from tests.integration.billing import (
     MONTH,
     TERMS,
@@ -309,6 +309,13 @@ def test_what_was_rolled_back_is_not_granted_again_by_the_same_event(world: Worl
     assert again.outcome == "granted"
     assert deliver(world, {**raw, "id": "evt_again"}).outcome == "already_granted"
     assert billing.windows(world, ada) == []
+
+
+def test_endpoints_that_want_to_know_are_told_in_the_same_transaction(world: World, ada: int) -> None:
+    del ada
+    hooks.endpoint(world, "user.refreshed", "run.finished")
+    deliver(world, Subscription().paid())
+    assert sorted(row["type"] for row in hooks.outbox(world)) == ["run.finished", "user.refreshed"]
 
 
 def test_plans_that_are_all_or_none(world: World, ada: int) -> None:
