@@ -31,10 +31,11 @@ USERS_MAX = 100_000
 """Users named one by one in a request; `credits bulk-refresh --users` takes files of any length."""
 
 
-BODY_MAX = 2**25
-"""Bytes: as many ids, and the longest."""
+PATH = "/api/admin/credits/bulk-refresh"
+BODY_BYTES_MAX = 2**25
+"""Room for as many ids of 300 characters."""
 
-router = APIRouter(prefix="/api/admin/credits", tags=["runs"], max_body_size=BODY_MAX)
+router = APIRouter(tags=["runs"])
 
 
 class BulkBody(Body):
@@ -105,7 +106,7 @@ class _Ids:
 
 
 @router.post(
-    "/bulk-refresh",
+    PATH,
     status_code=202,
     response_model=answers.Opened,
     summary="Refresh many users",
