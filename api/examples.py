@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 _USER = "user-42"
@@ -88,6 +89,18 @@ _OUTLOOK: dict[str, Any] = {
         "later": 80, "held": 2, "inactive": 5, "noPlan": 0, "external": 0, "unscheduled": 1, "overflow": 0,
     },
 }  # fmt: skip
+
+EVENTS_EXAMPLE = f"""event: progress
+data: {json.dumps(_RUN)}
+id: running-300-298-0
+retry: 1000
+
+event: end
+data: {json.dumps({**_RUN, **_ENDED})}
+id: succeeded-1200-1198-0
+retry: 1000
+
+"""
 
 EXAMPLES: dict[str, dict[str, Any]] = {
     # --- bodies

@@ -15,7 +15,7 @@ from api.keys import RequiredKey
 from api.opening import open_and_publish, request_of
 from api.problems import documented
 from api.routes.users import DEFAULT_REASON, TEXT_MAX
-from api.schema import Amount, Body, Credits, Flag, Moment, Number, Text
+from api.schema import Amount, Balance, Body, Flag, Moment, Number, Text
 from refresh import runs
 from refresh.import_columns import MAX_KEY_CHARACTERS
 from refresh.preview import check_plan
@@ -47,7 +47,7 @@ class BulkBody(Body):
         None, min_length=1, max_length=USERS_MAX, description="These users, by your app's own ids."
     )
     next_refresh_before: Moment | None = Field(None, description="Whose date lies before it.")
-    balance_below: Credits | None = Field(None, description="Who have fewer credits.")
+    balance_below: Balance | None = Field(None, description="Who have fewer credits.")
     active: Flag | None = Field(None, description="Who are active, or are not.")
     force: Flag = Field(default=False, description="Those too who are not due, have no date, or wait for a webhook.")
     keep_window: Flag = Field(default=False, description="With `force`: leave everybody's next date where it is.")
@@ -72,8 +72,6 @@ class BulkBody(Body):
             raise ValueError("keepWindow is for force: any other refresh ends at its window's end")
         if self.atomic and self.max_users_per_second is not None:
             raise ValueError("atomic is one transaction: it cannot be paced")
-        if self.balance_below is not None and not -(2**63) <= self.balance_below < 2**63:
-            raise ValueError("balanceBelow is not a whole number of 64 bits")
         return self
 
     def selection(self) -> Selection:
