@@ -28,11 +28,16 @@ class QueueNames:
     """Batch ids of the runs that somebody asked for. A worker takes from this queue and that in turn, so that the
     hourly refresh never waits behind a million users."""
 
+    WEBHOOKS = "webhooks"
+    """What endpoints are told. Its workers wait for other people's servers, so they do nothing else."""
+
     DEAD = "dead"
     """Messages that were refused (tasks/dead_letters.py). No worker takes from it."""
 
     WORK = (BATCHES, BULK)
-    ALL = (CONTROL, *WORK)
+    REFRESH = (CONTROL, *WORK)
+    """All that refreshing takes."""
+    ALL = (*REFRESH, WEBHOOKS)
 
 
 class TaskNames:
@@ -43,8 +48,9 @@ class TaskNames:
     UPKEEP = "tasks.upkeep"
     RETENTION = "tasks.retention"
     VERIFY = "tasks.verify"
+    DELIVER = "tasks.deliver"
 
-    ALL = frozenset({SCAN, BATCH, UPKEEP, RETENTION, VERIFY})
+    ALL = frozenset({SCAN, BATCH, UPKEEP, RETENTION, VERIFY, DELIVER})
 
 
 def _refuse_to_wait(reason: str) -> None:
@@ -114,6 +120,7 @@ task_routes = {
     TaskNames.UPKEEP: {"queue": QueueNames.CONTROL},
     TaskNames.RETENTION: {"queue": QueueNames.CONTROL},
     TaskNames.VERIFY: {"queue": QueueNames.CONTROL},
+    TaskNames.DELIVER: {"queue": QueueNames.WEBHOOKS},
     TaskNames.BATCH: {"queue": QueueNames.BATCHES},  # or the other one: tasks/publish.py says which
 }
 
@@ -125,8 +132,8 @@ worker_pool = "solo"
 worker_concurrency = 1
 worker_consumer = "tasks.consumer:Consumer"  # refuses what is not a message of ours
 # What lies in a killed worker's memory is found by upkeep, so keep it little; more buys nothing when a message
-# carries several batches.
-worker_prefetch_multiplier = 4
+# carries several batches. RabbitMQ gives as many of each queue: to a worker at a nightly task, upkeep's messages too.
+worker_prefetch_multiplier = 1 if _amqp else 4
 worker_hijack_root_logger = False
 worker_redirect_stdouts = False
 # Flower's eyes. They cost up to a twentieth of the throughput (`make bench`).

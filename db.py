@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Row = TypeVar("Row")
 
 ALEMBIC_INI = Path(__file__).resolve().parent / "alembic.ini"
-REVISION = "0006"
+REVISION = "0008"
 """The migration that this code was written for; a test holds it against `migrations/`. Asking Alembic would cost each
 command most of a second."""
 
@@ -36,6 +36,9 @@ command most of a second."""
 STATEMENT_TIMEOUT_SECONDS = 30
 IDLE_IN_TRANSACTION_SECONDS = 60
 CONNECT_TIMEOUT_SECONDS = 5
+SILENCE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 4, "tcp_user_timeout": 30_000}
+"""A wire that has gone silent for good is given up after half a minute; TCP's own patience is a quarter of an hour, or
+two hours. The names are libpq's; a local socket has no use for them."""
 IDLE_SECONDS = 1.0
 """A pooled connection that was idle for longer is asked whether it still is one."""
 
@@ -91,6 +94,7 @@ class Database:
                 "options": options,
                 "connect_timeout": CONNECT_TIMEOUT_SECONDS,
                 "application_name": name,
+                **SILENCE,
             },
             # The driver's own transactions are used; SQLAlchemy would turn autocommit on and off with each loan.
             isolation_level="AUTOCOMMIT",

@@ -55,6 +55,7 @@ def configure(level: str, log_format: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
-    # Two lines for each message that say nothing our own do not; at 600 messages a second they cost a tenth.
-    for chatty in ("celery.app.trace", "celery.worker.strategy"):
+    # Two lines for each message that say nothing our own do not; at 600 messages a second they cost a tenth. And
+    # an HTTP client that logs whole addresses, of which a chat's is a secret.
+    for chatty in ("celery.app.trace", "celery.worker.strategy", "httpx", "httpcore"):
         logging.getLogger(chatty).setLevel(logging.WARNING)

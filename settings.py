@@ -29,7 +29,16 @@ _RATE_MAX = 100_000
 """The instant of each request within the window is kept, in Redis or in memory."""
 _RATE_SECONDS_MAX = 86_400
 _SECRET_FIELDS = frozenset(
-    {"database_url", "redis_url", "celery_broker_url", "admin_token", "cron_secret", "jwt_secret", "jwks_url"}
+    {
+        "database_url",
+        "redis_url",
+        "celery_broker_url",
+        "admin_token",
+        "cron_secret",
+        "jwt_secret",
+        "jwks_url",
+        "stripe_webhook_secret",
+    }
 )
 
 
@@ -123,6 +132,18 @@ def _jwt_secret(value: SecretStr) -> SecretStr:
     return value
 
 
+def _signing_secrets(value: SecretStr) -> SecretStr:
+    for secret in value.get_secret_value().split(","):
+        if len(secret.strip()) < _TOKEN_CHARACTERS_MIN or not (secret.isascii() and secret.isprintable()):
+            raise ValueError(
+                "must be the endpoint's signing secret, which begins with whsec_; several, while one takes another's "
+                "place, are separated by commas"
+            )
+        if secret.strip().startswith(("sk_", "rk_", "pk_")):
+            raise ValueError("is an API key: the endpoint's signing secret begins with whsec_")
+    return value
+
+
 def _jwks_url(value: str) -> str:
     parts = urlsplit(value)
     if parts.scheme != "https" and not (parts.scheme == "http" and _is_loopback(parts.hostname or "")):
@@ -192,6 +213,9 @@ class Settings(BaseSettings):
     credit_refresh_planned_days: int = Field(default=90, ge=1, le=36_500)
     """How long the rows that a dry run has planned are kept, and can be applied."""
 
+    webhooks_allow_private: bool = False
+    """Webhooks may go to private networks and to this machine, and by http; otherwise to public addresses by https."""
+
     credits_free_tier: int = Field(default=1_000, ge=1, le=2**63 - 1)
     credits_pro_tier: int = Field(default=20_000, ge=1, le=2**63 - 1)
 
@@ -209,6 +233,11 @@ class Settings(BaseSettings):
     """Where set, a user's token must name it in `iss`."""
     api_rate_limit: Annotated[str, AfterValidator(_rate)] = "600/minute"
     """Requests that each caller of the HTTP API may make."""
+
+    stripe_webhook_secret: Annotated[SecretStr, AfterValidator(_signing_secrets)] | None = None
+    """Stripe signs its events with it. Several, separated by commas, while one takes another's place."""
+    stripe_plan_after_cancel: str = "free"
+    """The plan of those whose subscription has ended. Where there is none of that code, they have none."""
 
     credits_state_dir: Path = CHECKOUT / ".state"
     """Where embedded servers, beat's timetable and the demo keep their files."""
@@ -231,6 +260,12 @@ class Settings(BaseSettings):
     def broker_url(self) -> str | None:
         """Where messages go."""
         return self.celery_broker_url or self.redis_url
+
+    @property
+    def stripe_secrets(self) -> list[str]:
+        """What Stripe's events may be signed with; none: nothing is accepted."""
+        given = self.stripe_webhook_secret.get_secret_value() if self.stripe_webhook_secret else ""
+        return [secret.strip() for secret in given.split(",") if secret.strip()]
 
     @property
     def interval(self) -> timedelta:

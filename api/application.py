@@ -16,7 +16,7 @@ from api.access_log import AccessLog
 from api.body_limit import BodyLimit
 from api.document import Documented
 from api.limits import Limiter
-from api.routes import bulk, health, me, reports, reset, run_actions, runs, users
+from api.routes import bulk, health, me, reports, reset, run_actions, runs, stripe, users, webhooks
 from api.tokens import Tokens
 from db import Database
 
@@ -70,9 +70,9 @@ def create_app(config: settings.Settings) -> FastAPI:
     app.state.database = database
     app.state.tokens = Tokens(config)
     app.state.limiter = Limiter(config.api_rate_limit, config.broker_url)
-    for guarded in (users, bulk, reports, runs, run_actions, reset, me):
+    for guarded in (users, bulk, reports, runs, run_actions, reset, me, webhooks):
         app.include_router(guarded.router, responses=problems.GUARDED)
-    for other in (health, problems, docs_page):
+    for other in (stripe, health, problems, docs_page):
         app.include_router(other.router)
     problems.install(app)
     app.add_middleware(BodyLimit, bytes_max=BODY_BYTES_MAX, more={bulk.PATH: bulk.BODY_BYTES_MAX})

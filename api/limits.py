@@ -107,19 +107,19 @@ class _Shared:
         now = time.monotonic()
         if now < self._silent_until:
             return None
-        limiter = self._limiters[self._current]
+        current = self._current
+        limiter = self._limiters[current]
         try:
             if limiter.hit(self._item, name):
                 return None
             wait = limiter.get_window_stats(self._item, name).reset_time - time.time()
         except (redis.RedisError, OSError) as error:
-            self._let_through(now, error)
+            self._leave_alone(current, now, error)
             return None
         return max(wait, WAIT_MIN_SECONDS)
 
-    def _let_through(self, now: float, error: Exception) -> None:
-        """Threads may do this at once: then one of the list is passed over, or a line is logged twice."""
-        self._current = (self._current + 1) % len(self._limiters)
+    def _leave_alone(self, failed: int, now: float, error: Exception) -> None:
+        self._current = (failed + 1) % len(self._limiters)
         self._silent_until = now + REDIS_PAUSE_SECONDS
         if self._warned_at is None or now - self._warned_at >= WARN_SECONDS:
             self._warned_at = now

@@ -154,7 +154,7 @@ def _durations(snapshot: Snapshot) -> Iterator[Metric]:
     for work in WORKS:
         live = _live(snapshot, work)
         buckets = [*zip(map(str, DURATIONS), map(float, live.within), strict=True), ("+Inf", float(live.timed))]
-        durations.add_metric([work], buckets, live.seconds)
+        durations.add_metric([work], buckets, live.microseconds / 1e6)
     yield durations
     batches = GaugeMetricFamily(
         "credits_batch_duration_seconds",

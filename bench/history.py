@@ -163,6 +163,7 @@ def _make_due(url: str) -> None:
 def _execute(database: Database, text: str) -> None:
     with database.statements() as connection:
         connection.execute("SET statement_timeout = 0")
+        connection.execute("SET lock_timeout = 0")  # autovacuum may be at a table
         connection.execute("SET maintenance_work_mem = '1GB'")
         connection.execute(text)
 

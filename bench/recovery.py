@@ -6,7 +6,7 @@ import random
 import signal
 import statistics
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
 import click
@@ -63,9 +63,17 @@ class _Stack:
 
     def kill_one(self) -> None:
         """SIGKILL of a worker, and another in its place."""
-        workers = [child for child in psutil.Process().children() if {"tasks", "worker"} <= {*child.cmdline()}]
-        random.choice(workers).send_signal(signal.SIGKILL)  # noqa: S311 - which of two
+        random.choice(_workers()).send_signal(signal.SIGKILL)  # noqa: S311 - which of two
         self.start_worker()
+
+
+def _workers() -> list[psutil.Process]:
+    found = []
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):  # one that was killed before, and has not been waited for
+            if {"tasks", "worker"} <= {*child.cmdline()}:
+                found.append(child)
+    return found
 
 
 def _open(database: Database, amount: int) -> UUID:

@@ -115,8 +115,10 @@ class Worlds:
             if cadence != "rolling":
                 connection.execute(CADENCES[cadence])
                 # The change of day has moved the dates to the new grid; back to due, as the trigger would not have it.
+                # On the plan's own grid: whoever is due before its boundary has missed a window, which costs more.
+                on_grid = "date_trunc('hour', now())" if cadence in {"monthly", "daily"} else due.format(n="id")
                 connection.execute("ALTER TABLE users DISABLE TRIGGER USER")
-                connection.execute(_AGAIN.format(due=due.format(n="id")))
+                connection.execute(_AGAIN.format(due=on_grid))
                 connection.execute("ALTER TABLE users ENABLE TRIGGER USER")
             connection.execute("VACUUM (FULL, FREEZE, ANALYZE)")
 

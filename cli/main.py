@@ -36,6 +36,7 @@ _COMMANDS = {
     "up": ("cli.up", "Run workers, beat and Flower until Ctrl-C."),
     "users": ("cli.users", "Import users, show one, give dates to those who have none."),
     "verify": ("cli.verify", "Check that the books are right."),
+    "webhooks": ("cli.webhooks", "Look at Stripe's events; tell others what happens here."),
     "why": ("cli.why", "Say why a user is, or is not, refreshed."),
 }
 

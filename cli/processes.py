@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from celeryconfig import QueueNames
 from settings import CHECKOUT, environment
 
 if TYPE_CHECKING:
@@ -35,8 +36,16 @@ class Service:
         )
 
     def start_worker(self, name: str) -> None:
-        """A worker over all queues: one process, one task at a time."""
-        self._start(name, "worker", "--hostname", f"{name}@%h", "--without-gossip", "--without-mingle")
+        """A worker over all that refreshing takes: one process, one task at a time."""
+        self._start_worker(name, QueueNames.REFRESH)
+
+    def start_webhooks(self) -> None:
+        """A worker that sends webhooks: it may have to wait for somebody's server, and does nothing else."""
+        self._start_worker("webhooks", (QueueNames.WEBHOOKS,))
+
+    def _start_worker(self, name: str, queues: tuple[str, ...]) -> None:
+        taken = f"--queues={','.join(queues)}"
+        self._start(name, "worker", taken, "--hostname", f"{name}@%h", "--without-gossip", "--without-mingle")
 
     def start_beat(self) -> None:
         """Beat, which rings each hour."""

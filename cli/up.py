@@ -56,6 +56,7 @@ def up(ctx: click.Context, *, workers: int, api_port: int | None, flower_port: i
             service.start_beat()
             for number in range(1, workers + 1):
                 service.start_worker(f"worker{number}")
+            service.start_webhooks()
             service.start_api(http, **({"ADMIN_TOKEN": token} if loaded.admin_token is None else {}))
             service.start_flower(port, f"credits:{password}")
             shown = "that of ADMIN_TOKEN" if loaded.admin_token is not None else f"{token}  (shown once)"

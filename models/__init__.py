@@ -12,7 +12,28 @@ from models.history import History
 from models.plan import Plan
 from models.run import Run
 from models.setting import Setting
+from models.stripe_customer import StripeCustomer
+from models.stripe_event import StripeEvent
+from models.stripe_subscription import StripeSubscription
 from models.timezone import Timezone
 from models.user import User
+from models.webhook_delivery import WebhookDelivery
+from models.webhook_endpoint import WebhookEndpoint
 
-__all__ = ["ApiKey", "AuditLog", "Base", "Batch", "History", "Plan", "Run", "Setting", "Timezone", "User"]
+__all__ = [
+    "ApiKey",
+    "AuditLog",
+    "Base",
+    "Batch",
+    "History",
+    "Plan",
+    "Run",
+    "Setting",
+    "StripeCustomer",
+    "StripeEvent",
+    "StripeSubscription",
+    "Timezone",
+    "User",
+    "WebhookDelivery",
+    "WebhookEndpoint",
+]

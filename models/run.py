@@ -28,6 +28,9 @@ class Run(Base):
         CheckConstraint("(work IN ('apply', 'rollback')) = (subject_run_id IS NOT NULL)", name="subject"),
         CheckConstraint("amount > 0", name="amount"),
         CheckConstraint("max_users_per_second > 0", name="max_users_per_second"),
+        CheckConstraint(
+            "window_end IS NULL OR (force AND as_of IS NOT NULL AND window_end > as_of)", name="window_end"
+        ),
         # Two beats, one run: the second finds the slot taken.
         Index("uq_credit_refresh_runs_slot", "slot", unique=True, postgresql_where=text("NOT dry_run")),
         Index("uq_credit_refresh_runs_slot_dry", "slot", unique=True, postgresql_where=text("dry_run")),
@@ -54,6 +57,7 @@ class Run(Base):
     status: Mapped[str] = mapped_column(server_default="running")
     dry_run: Mapped[bool] = mapped_column(server_default=text("false"))
     as_of: Mapped[datetime | None]
+    window_end: Mapped[datetime | None]
     slot: Mapped[datetime | None]
     parent_run_id: Mapped[UUID | None] = mapped_column(ForeignKey("credit_refresh_runs.id"))
     subject_run_id: Mapped[UUID | None] = mapped_column(ForeignKey("credit_refresh_runs.id"))

@@ -33,6 +33,7 @@ from refresh.closing import (
 )
 from refresh.partitions import GONE_AS_OF, gone_text
 from refresh.selection import Chosen
+from refresh.webhook_events import TELL_USERS
 
 if TYPE_CHECKING:
     import psycopg
@@ -312,15 +313,22 @@ def _take(lock: str) -> str:
 
 
 _LOCK_MANY, _LOCK_ONE, _LOCK_ATOMIC = (_take(lock) + _LOCK for lock in (LOCK_SKIPPING, LOCK_WAITING, LOCK_ALL))
-_APPLY = (
-    _take("AND u.id = ANY (%(locked)s::bigint[])")
-    + _COMPARE.format(decide=DECIDE, digest=DIGEST.format(row="h"), planned=_PLANNED)
-    + GRANT
-    + _LEAVE
-    + DEFER
-    + COUNT.format(failed="tampered")
-    + CLOSE
-)
+
+
+def _applying(*, tell: str = "") -> str:
+    return (
+        _take("AND u.id = ANY (%(locked)s::bigint[])")
+        + _COMPARE.format(decide=DECIDE, digest=DIGEST.format(row="h"), planned=_PLANNED)
+        + GRANT
+        + tell
+        + _LEAVE
+        + DEFER
+        + COUNT.format(failed="tampered")
+        + CLOSE
+    )
+
+
+_APPLY, _APPLY_TELLING = _applying(), _applying(tell=TELL_USERS)
 
 
 def apply_batch(connection: psycopg.Connection[Any], pending: Pending) -> Outcome | None:
@@ -349,7 +357,8 @@ def apply_batch(connection: psycopg.Connection[Any], pending: Pending) -> Outcom
             "few": FEW_USERS,
         }
         with connection.cursor(row_factory=class_row(Outcome)) as cursor:
-            return cursor.execute(_APPLY, parameters, prepare=True).fetchone()
+            statement = _APPLY_TELLING if pending.tells else _APPLY
+            return cursor.execute(statement, parameters, prepare=True).fetchone()
 
 
 _COUNT_TAMPERED = """

@@ -17,6 +17,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from refresh.closing import CLOSE, DEFER, DEFER_NOBODY, LOCK_ALL, LOCK_SKIPPING, LOCK_WAITING
+from refresh.webhook_events import TELL_USERS
 
 if TYPE_CHECKING:
     import psycopg
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 TAKE = """
 WITH batch AS MATERIALIZED (
     SELECT
-        b.id, b.run_id, b.seq, b.user_ids, b.attempts, coalesce(r.as_of, now()) AS as_of, r.requested_by, r.reason,
-        r.metadata ->> 'correlationId' AS correlation_id, r.force, r.keep_window, r.amount, r.subject_run_id,
+        b.id, b.run_id, b.seq, b.user_ids, b.attempts, coalesce(r.as_of, now()) AS as_of, r.window_end, r.requested_by,
+        r.reason, r.metadata ->> 'correlationId' AS correlation_id, r.force, r.keep_window, r.amount, r.subject_run_id,
         -- Beat's rows need none.
         CASE WHEN r.source <> 'beat' THEN jsonb_build_object('reason', r.reason) END AS detail
     FROM credit_refresh_batches AS b
@@ -53,8 +54,10 @@ locked AS MATERIALIZED (
 DECIDE = """
     SELECT
         l.id AS user_id, l.plan_code, l.credit_balance, l.last_credit_refresh, l.next_refresh_at,
-        l.refresh_shortfall, p.grant_mode, d.verdict, d.window_start, d.window_end, d.first_missed_at,
-        d.windows_passed, d.target, d.credits_added,
+        l.refresh_shortfall, p.grant_mode, d.verdict, d.window_start,
+        -- A billing period ends when Stripe says so: an external plan has no grid.
+        coalesce(b.window_end, d.window_end) AS window_end,
+        d.first_missed_at, d.windows_passed, d.target, d.credits_added,
         -- The window that falls due under hold leaves one row, however often somebody looks.
         d.verdict = 'held' AND l.next_refresh_at <= b.as_of AND d.window_start IS NOT NULL
             AND l.held_window IS DISTINCT FROM l.next_refresh_at AS newly_held
@@ -221,10 +224,22 @@ audit AS (
 """
 
 _CLOSED = COUNT.format(failed="overflow") + CLOSE
-_REFRESH = GRANT + DEFER + _CLOSED
-GRANT_MANY = TAKE.format(work="refresh", dry_run="false", lock=LOCK_SKIPPING) + _DECIDED + _REFRESH
-GRANT_ONE = TAKE.format(work="refresh", dry_run="false", lock=LOCK_WAITING) + _DECIDED + _REFRESH
-GRANT_ALL = TAKE.format(work="refresh", dry_run="false", lock=LOCK_ALL) + _DECIDED + GRANT + DEFER_NOBODY + _CLOSED
+
+
+def _granting(lock: str, defer: str, *, tell: str = "") -> str:
+    return TAKE.format(work="refresh", dry_run="false", lock=lock) + _DECIDED + GRANT + tell + defer + _CLOSED
+
+
+GRANT_MANY = _granting(LOCK_SKIPPING, DEFER)
+GRANT_ONE = _granting(LOCK_WAITING, DEFER)
+GRANT_ALL = _granting(LOCK_ALL, DEFER_NOBODY)
+TELLING = {
+    GRANT_MANY: _granting(LOCK_SKIPPING, DEFER, tell=TELL_USERS),
+    GRANT_ONE: _granting(LOCK_WAITING, DEFER, tell=TELL_USERS),
+    GRANT_ALL: _granting(LOCK_ALL, DEFER_NOBODY, tell=TELL_USERS),
+}
+"""The same, for when a webhook endpoint wants to know of users."""
+
 PLAN = (
     TAKE.format(work="refresh", dry_run="true", lock="ORDER BY u.id")
     + _DECIDED

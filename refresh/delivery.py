@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 # worker was lost, or its worker died. Should a live worker have it in hand after all, it is rung for twice and done
 # once.
 LOST_AFTER_SECONDS = 15
+# What was claimed has been pushed, or was given up, after this: a broker's time limits (celeryconfig.py).
+PUSH_SECONDS_MAX = 15
 # Of a worker that waits for its turn in a paced run, these wait with it: what it has fetched ahead
 # (celeryconfig.worker_prefetch_multiplier) and what it has in hand.
 FETCHED_MESSAGES = 5
@@ -167,7 +169,11 @@ WITH running AS MATERIALIZED (
     WHERE r.status = 'running' AND (SELECT enabled FROM settings)
 ),
 frontier AS MATERIALIZED (
-    SELECT r.id AS run_id, r.paced_until, r.before, f.published_at, f.id
+    SELECT
+        r.id AS run_id, r.paced_until, r.before, f.published_at, f.id,
+        -- Of all runs in the queue, for those of which nothing later is there to overtake. Publishers of two runs may
+        -- push in another order than they have claimed, within some seconds.
+        max(f.published_at) OVER () - make_interval(secs => %(push)s) AS published_for_certain
     FROM running AS r
     LEFT JOIN LATERAL (
         SELECT d.published_at, d.id
@@ -180,7 +186,10 @@ frontier AS MATERIALIZED (
     WHERE r.concerned
 )
 UPDATE credit_refresh_batches AS b SET
-    attempts = b.attempts + 1, next_attempt_at = now(),
+    attempts = b.attempts + 1,
+    -- The first time at once; a worker that dies again and again must not use up all attempts in a minute.
+    next_attempt_at = now() + CASE WHEN b.attempts = 0 THEN interval '0'
+        ELSE make_interval(secs => least(%(backoff_max)s, %(backoff)s * 2 ^ least(b.attempts - 1, 20))) END,
     error = 'its worker died, or its message was lost'
 FROM (
     SELECT b.id
@@ -189,6 +198,7 @@ FROM (
         -- While turns are taken, the run's last batches wait in workers' hands.
         %(queue_empty)s AND b.published_at < f.before AND coalesce(f.paced_until < f.before, true)
         OR (b.published_at, b.id) < (f.published_at, f.id)
+        OR b.published_at < f.published_for_certain AND coalesce(f.paced_until < f.before, true)
     )
     FOR NO KEY UPDATE OF b SKIP LOCKED
 ) AS lost
@@ -204,10 +214,10 @@ def record_losses(connection: psycopg.Connection[Any], *, scheduled: bool, queue
         connection: in autocommit.
         scheduled: of beat's runs, or of those that somebody asked for: each has a queue.
         queue_empty: whether that queue was empty before this was called; if not, only those batches were lost for
-            certain that others of their run have overtaken.
+            certain that others of their run have overtaken, or of another run that was published well after theirs.
 
     Returns:
-        How many were lost; they are claimed again at once.
+        How many were lost; they are claimed again at once, and those that were lost before after a backoff.
     """
     parameters = {
         "scheduled": scheduled,
@@ -215,6 +225,9 @@ def record_losses(connection: psycopg.Connection[Any], *, scheduled: bool, queue
         "lost_after": LOST_AFTER_SECONDS,
         "fetched": FETCHED_MESSAGES,
         "ahead_seconds_max": AHEAD_SECONDS_MAX,
+        "push": PUSH_SECONDS_MAX,
+        "backoff": BACKOFF_SECONDS,
+        "backoff_max": BACKOFF_MAX_SECONDS,
     }
     return connection.execute(_LOST, parameters).rowcount
 

@@ -30,20 +30,30 @@ _HOST_INSERTS = """
 external_id, email, plan_code, credit_balance, last_credit_refresh, next_refresh_at, credit_refresh_hold, hold_reason,
 hold_until, credit_refresh_day, custom_credit_amount, timezone, active
 """
-# What grants, rollbacks, regrids, stagger, `credits hold` and `credits release` set.
+# What grants, rollbacks, regrids, stagger, `credits hold`, `credits release` and Stripe's subscriptions set.
 _WORKER_UPDATES = """
 credit_balance, last_credit_refresh, next_refresh_at, refresh_shortfall, held_window, credit_refresh_hold, hold_reason,
-hold_until, updated_at
+hold_until, plan_code, credit_refresh_day, updated_at
 """
 _ALL_TABLES = """
 {schema}.alembic_version, {schema}.settings, {schema}.plans, {schema}.timezones, {schema}.users,
 {schema}.user_credits_now, {schema}.credit_refresh_runs, {schema}.credit_refresh_batches,
 {schema}.credit_refresh_histories, {schema}.credit_refresh_histories_default,
-{schema}.credit_audit_logs, {schema}.credit_audit_logs_default
+{schema}.credit_audit_logs, {schema}.credit_audit_logs_default, {schema}.webhook_deliveries
 """
+# What becomes of an endpoint that is told something, and of one that says that it is gone.
+_ENDPOINT_UPDATES = "failures, resume_at, active, inactive_reason, silence_checked_at, silence_noticed_at"
+# A reader sees neither what messages are signed with nor where they go: a chat's address is its secret.
+_ENDPOINT_COLUMNS = f"id, format, events, no_grants_days, description, created_by, created_at, {_ENDPOINT_UPDATES}"
 # Neither a host nor a worker sees keys of the HTTP API; nobody but the owner sees their hashes, or writes one.
 _KEY_COLUMNS = """
 id, prefix, name, scopes, created_at, created_by, expires_at, last_used_at, revoked_at, revoked_by
+"""
+# What Stripe sent names customers and their addresses: a reader sees what became of it.
+_STRIPE_TABLES = "{schema}.stripe_events, {schema}.stripe_customers, {schema}.stripe_subscriptions"
+_STRIPE_EVENT_COLUMNS = """
+id, type, livemode, created, customer_id, subscription_id, period_start, period_end, received_at, processed_at, outcome,
+user_id, run_id, note, error, look_at
 """
 
 # A function is everybody's until it is taken away, and these write.
@@ -76,11 +86,17 @@ GRANT EXECUTE ON FUNCTION {schema}.refresh_credits_if_due(text), {schema}.refres
         # Of what is written, a rollback's mark alone can be set; deleted are planned rows, by retention.
         SQL("GRANT INSERT, UPDATE (reversed_by_run_id), DELETE ON {schema}.credit_refresh_histories TO {role}"),
         SQL("GRANT INSERT ON {schema}.credit_audit_logs TO {role}"),
+        SQL(f"GRANT SELECT, UPDATE ({_ENDPOINT_UPDATES}) ON {{schema}}.webhook_endpoints TO {{role}}"),
+        SQL("GRANT INSERT, UPDATE, DELETE ON {schema}.webhook_deliveries TO {role}"),
         SQL("GRANT EXECUTE ON FUNCTION {schema}.ensure_partitions(timestamptz, integer) TO {role}"),
+        SQL(f"GRANT SELECT, INSERT, UPDATE ON {_STRIPE_TABLES} TO {{role}}"),
     ),
     "read": (
         SQL(f"GRANT SELECT ON {_ALL_TABLES.strip()} TO {{role}}"),
         SQL(f"GRANT SELECT ({_KEY_COLUMNS.strip()}) ON {{schema}}.api_keys TO {{role}}"),
+        SQL("GRANT SELECT ON {schema}.stripe_customers, {schema}.stripe_subscriptions TO {role}"),
+        SQL(f"GRANT SELECT ({_STRIPE_EVENT_COLUMNS.strip()}) ON {{schema}}.stripe_events TO {{role}}"),
+        SQL(f"GRANT SELECT ({_ENDPOINT_COLUMNS}) ON {{schema}}.webhook_endpoints TO {{role}}"),
     ),
 }
 

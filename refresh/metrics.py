@@ -51,7 +51,8 @@ class Ended:
         users_refreshed: granted; of a regrid, moved to another date; of a rollback, taken back from.
         credits_added: the sum over the runs that added more credits than they took.
         credits_taken: the sum over the others, as a positive number.
-        timed: runs that had users and were not cancelled, and `seconds`, the sum of their durations.
+        timed: runs that had users and were not cancelled.
+        microseconds: the sum of their durations; whole, for a sum of fractions may come out smaller the next time.
         within: of these, how many took no longer than each of `DURATIONS`.
     """
 
@@ -63,7 +64,7 @@ class Ended:
     credits_added: int = 0
     credits_taken: int = 0
     timed: int = 0
-    seconds: float = 0.0
+    microseconds: int = 0
     within: tuple[int, ...] = (0,) * len(DURATIONS)
 
     def __add__(self, other: Ended) -> Ended:
@@ -181,11 +182,11 @@ _ENDED = f"""
 SELECT
     {{settled}}, r.work, r.dry_run, r.status, count(*), sum(r.users_refreshed), sum(r.users_held), sum(r.users_skipped),
     sum(r.users_failed), sum(greatest(r.credits_granted, 0)), sum(greatest(-r.credits_granted, 0)),
-    count(t.seconds), coalesce(sum(t.seconds), 0), ARRAY[{_WITHIN}]
+    count(t.seconds), coalesce(sum(t.seconds) * 1000000, 0)::bigint, ARRAY[{_WITHIN}]
 FROM credit_refresh_runs AS r
 CROSS JOIN LATERAL (
     SELECT CASE WHEN r.batches_total > 0 AND r.status <> 'cancelled' THEN
-        extract(epoch FROM r.finished_at - r.started_at)::double precision
+        greatest(extract(epoch FROM r.finished_at - r.started_at), 0) -- a clock that was set back
     END AS seconds
 ) AS t
 WHERE r.status <> 'running' AND {{which}}
@@ -270,9 +271,22 @@ class Reader:
         if over := self._running - running:
             rows += connection.execute(_ENDED_THESE, {"run_ids": list(over)}).fetchall()
         settled, ended = dict(self._settled), dict[Which, Ended]()
-        for is_settled, *which, runs, refreshed, held, skipped, failed, added, taken, timed, seconds, within in rows:
+        for (
+            is_settled,
+            *which,
+            runs,
+            refreshed,
+            held,
+            skipped,
+            failed,
+            added,
+            taken,
+            timed,
+            microseconds,
+            within,
+        ) in rows:
             users = (int(refreshed), int(held), int(skipped), int(failed))
-            found = Ended(runs, *users, int(added), int(taken), timed, seconds, tuple(within))
+            found = Ended(runs, *users, int(added), int(taken), timed, microseconds, tuple(within))
             sums, key = settled if is_settled else ended, (which[0], which[1], which[2])
             sums[key] = sums.get(key, Ended()) + found
         self._settled, self._until, self._running = settled, until, running

@@ -49,6 +49,7 @@ class Retriable:
     keep_window: bool
     amount: int | None
     as_of: datetime | None
+    window_end: datetime | None
     atomic: bool
     max_users_per_second: int | None
     enabled: bool
@@ -62,7 +63,7 @@ class Retriable:
 _RUN = f"""
 SELECT
     r.id AS run_id, r.kind, r.work, r.status, r.dry_run, r.subject_run_id, r.selection, r.force, r.keep_window,
-    r.amount, r.as_of, r.atomic, r.max_users_per_second, s.enabled, s.dry_run AS all_dry, {GONE_AS_OF},
+    r.amount, r.as_of, r.window_end, r.atomic, r.max_users_per_second, s.enabled, s.dry_run AS all_dry, {GONE_AS_OF},
     CASE r.work
         WHEN 'rollback' THEN (SELECT {GONE} FROM credit_refresh_runs AS r WHERE r.id = subject_id)
         WHEN 'apply' THEN NOT EXISTS (
@@ -180,6 +181,7 @@ def open_retry(connection: psycopg.Connection[Any], run_id: UUID, request: runs.
         request,
         # A refresh decides at each batch's now(), where the first one's instant was no part of its grants.
         as_of=run.as_of if run.force or run.work != "refresh" else None,
+        window_end=run.window_end,
         force=run.force,
         keep_window=run.keep_window,
         amount=run.amount,

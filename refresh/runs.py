@@ -53,6 +53,8 @@ class Request:
         batch_size: users in a transaction, at most.
         dry_run: decide and record, change no user.
         as_of: decide at this instant instead of each batch's own now(); in the future for dry runs alone.
+        window_end: where what a forced run grants ends, with `as_of` where it begins: a billing period. None: as the
+            rule says.
         slot: the slot that a scheduled run stands for; None for a run that somebody asked for.
         reason: lands in the run, in its history rows and in its audit rows.
         force: refresh those too who are not due, unscheduled or external.
@@ -77,6 +79,7 @@ class Request:
     batch_size: int
     dry_run: bool = False
     as_of: datetime | None = None
+    window_end: datetime | None = None
     slot: datetime | None = None
     reason: str | None = None
     force: bool = False
@@ -107,6 +110,8 @@ class Request:
         how = ("batch_size", "max_users_per_second")
         for name in ("source", "requested_by", "idempotency_key", "slot", "made_dry", "correlation_id", *how):
             del content[name]
+        if self.window_end is None:  # as of requests that were sent before there was one
+            del content["window_end"]
         return sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -213,13 +218,14 @@ batches AS (
 ),
 cut AS (SELECT count(*) AS batches, coalesce(sum(users), 0) AS users FROM batches)
 INSERT INTO credit_refresh_runs (
-    id, kind, work, source, status, dry_run, as_of, slot, parent_run_id, subject_run_id, selection, force, keep_window,
-    amount, atomic, reason, requested_by, max_users_per_second, idempotency_key, metadata, users_selected,
+    id, kind, work, source, status, dry_run, as_of, window_end, slot, parent_run_id, subject_run_id, selection, force,
+    keep_window, amount, atomic, reason, requested_by, max_users_per_second, idempotency_key, metadata, users_selected,
     batches_total, started_at, finished_at
 )
 SELECT
     %(run_id)s::uuid, %(kind)s, %(work)s, %(source)s, CASE WHEN cut.batches = 0 THEN 'succeeded' ELSE 'running' END,
-    %(dry_run)s, coalesce(%(as_of)s::timestamptz, CASE WHEN %(force)s THEN now() END), %(slot)s::timestamptz,
+    %(dry_run)s, coalesce(%(as_of)s::timestamptz, CASE WHEN %(force)s THEN now() END),
+    %(window_end)s::timestamptz, %(slot)s::timestamptz,
     %(parent_run_id)s::uuid, %(subject_run_id)s::uuid, %(selection)s, %(force)s, %(keep_window)s, %(amount)s::bigint,
     %(atomic)s, %(reason)s, %(requested_by)s, %(max_users_per_second)s::integer, %(idempotency_key)s, %(metadata)s,
     cut.users, cut.batches, now(),

@@ -10,6 +10,7 @@ from uuid import UUID  # noqa: TC003 - the same
 from psycopg.rows import class_row
 
 from refresh.runs import RefusedError
+from refresh.webhook_events import TELL_RUNS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -59,7 +60,8 @@ _DRAINED_ANY = _DRAINED.format(which="true")
 
 # Guarded, and issued after a worker's own commit: of two workers that close the last two batches at once, the later
 # one sees both. A batch that was given up counts all its users as failed.
-_FINISH = """
+_FINISH = f"""
+WITH finished AS (
 UPDATE credit_refresh_runs AS r SET
     status = CASE
         WHEN t.cancelled THEN 'cancelled'
@@ -87,10 +89,14 @@ WHERE r.id = t.run_id AND r.status = 'running'
         SELECT b.id FROM credit_refresh_batches AS b WHERE b.run_id = r.id AND b.status = 'pending'
         ORDER BY b.id DESC LIMIT 1
     ) IS NULL
-RETURNING r.id AS run_id, r.kind, r.work, r.status, r.dry_run, r.users_selected, r.users_refreshed, r.users_held,
-    r.users_skipped, r.users_failed, r.credits_granted,
-    extract(epoch FROM r.finished_at - r.started_at)::float AS seconds, r.metadata ->> 'correlationId' AS correlation_id
-"""
+RETURNING r.*
+),
+{TELL_RUNS}
+SELECT id AS run_id, kind, work, status, dry_run, users_selected, users_refreshed, users_held, users_skipped,
+    users_failed, credits_granted, extract(epoch FROM finished_at - started_at)::float AS seconds,
+    metadata ->> 'correlationId' AS correlation_id
+FROM finished
+"""  # noqa: S608 - a constant
 
 
 def finish_runs(connection: psycopg.Connection[Any], run_ids: Iterable[UUID] | None = None) -> list[Finished]:

@@ -16,10 +16,11 @@ from psycopg.rows import class_row
 
 from refresh import isolation
 from refresh.apply import apply_batch
-from refresh.batch import GRANT_ALL, GRANT_MANY, GRANT_ONE, PLAN
+from refresh.batch import GRANT_ALL, GRANT_MANY, GRANT_ONE, PLAN, TELLING
 from refresh.closing import Outcome, close_batch
 from refresh.regrid import REGRID_MANY, REGRID_ONE
 from refresh.reversal import reverse_batch
+from refresh.webhook_events import TELLS
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,7 @@ class Pending:
         lone: it has one user, and may wait for a lock.
         atomic: all of its users or none.
         paced: its run has a pace, so whoever does it waits for its turn before (pacing.py).
+        tells: a webhook endpoint wants to know of users.
         far_from_end: so many later batches of its run are pending that whoever does it need not look whether the run
             has ended.
         correlation_id: of the request that opened its run.
@@ -43,6 +45,7 @@ class Pending:
     lone: bool
     atomic: bool
     paced: bool
+    tells: bool
     far_from_end: bool
     correlation_id: str | None
 
@@ -52,9 +55,9 @@ FAR_MESSAGES = 100
 for as long as others take for all of these, upkeep ends the run."""
 
 # One round trip a message. What is done already is not asked again.
-_PENDING = """
+_PENDING = f"""
 SELECT b.id, b.run_id, r.work, r.dry_run, cardinality(b.user_ids) = 1 AS lone, b.atomic,
-    r.max_users_per_second IS NOT NULL AS paced,
+    r.max_users_per_second IS NOT NULL AS paced, {TELLS} AS tells,
     b.id + %(far)s < (
         SELECT p.id FROM credit_refresh_batches AS p WHERE p.run_id = b.run_id AND p.status = 'pending'
         ORDER BY p.id DESC LIMIT 1
@@ -63,7 +66,7 @@ SELECT b.id, b.run_id, r.work, r.dry_run, cardinality(b.user_ids) = 1 AS lone, b
 FROM credit_refresh_batches AS b JOIN credit_refresh_runs AS r ON r.id = b.run_id
 WHERE b.id = ANY (%(ids)s) AND b.status IS NOT DISTINCT FROM 'pending' -- not `=`: see TAKE
 ORDER BY b.id
-"""
+"""  # noqa: S608 - a constant
 
 
 def pending_batches(connection: psycopg.Connection[Any], batch_ids: list[int]) -> list[Pending]:
@@ -111,6 +114,5 @@ def _statement(pending: Pending) -> str:
         return REGRID_ONE if pending.lone else REGRID_MANY
     if pending.dry_run:
         return PLAN
-    if pending.atomic:
-        return GRANT_ALL
-    return GRANT_ONE if pending.lone else GRANT_MANY
+    granting = GRANT_ALL if pending.atomic else GRANT_ONE if pending.lone else GRANT_MANY
+    return TELLING[granting] if pending.tells else granting

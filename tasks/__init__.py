@@ -2,9 +2,10 @@
 
 from tasks.app import app
 from tasks.batch import batch
+from tasks.deliver import deliver
 from tasks.retention import retention
 from tasks.scan import scan
 from tasks.upkeep import upkeep
 from tasks.verify import verify
 
-__all__ = ["app", "batch", "retention", "scan", "upkeep", "verify"]
+__all__ = ["app", "batch", "deliver", "retention", "scan", "upkeep", "verify"]

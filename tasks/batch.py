@@ -11,16 +11,19 @@ import structlog
 
 import logs
 from celeryconfig import TaskNames
-from db import one_line
+from db import DatabaseError, one_line
 from refresh import delivery, pacing, totals
 from refresh.batch import granted_users
 from refresh.work import Pending, do_batch, pending_batches
 from tasks.app import app, config, database
+from tasks.deliver import ring_for_webhooks
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from refresh.closing import Outcome
+
+NO_DATABASE_PAUSE_SECONDS = 5.0
 
 _ENDED = {"regrid": "Users moved to their plan's grid", "rollback": "Rollback completed"}
 
@@ -30,6 +33,16 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger("credits.batch")
 @app.task(name=TaskNames.BATCH)
 def batch(batch_ids: list[int]) -> None:
     """Refresh batches; end the runs that have nothing left."""
+    try:
+        _work(batch_ids)
+    except DatabaseError as error:
+        # One worker that cannot reach the database must not take every message from those that can. The batches count
+        # as lost before long, and are rung for again.
+        log.error(f"{logs.PREFIX} {error}", pause_seconds=NO_DATABASE_PAUSE_SECONDS)  # noqa: TRY400 - it says all
+        time.sleep(NO_DATABASE_PAUSE_SECONDS)
+
+
+def _work(batch_ids: list[int]) -> None:
     with database().statements() as connection:
         if not config.credit_refresh_enabled:
             log.warning(f"{logs.PREFIX} Batches are left for others: CREDIT_REFRESH_ENABLED is false here")
@@ -37,8 +50,9 @@ def batch(batch_ids: list[int]) -> None:
             return
         done = [pending for pending in pending_batches(connection, batch_ids) if _do(connection, pending)]
         perhaps_ended = {pending.run_id for pending in done if not pending.far_from_end}
-        if perhaps_ended:
-            log_finished(totals.finish_runs(connection, perhaps_ended))
+        if perhaps_ended and (ended := totals.finish_runs(connection, perhaps_ended)):
+            log_finished(ended)
+            ring_for_webhooks(connection)
 
 
 def _do(connection: psycopg.Connection[Any], pending: Pending) -> Outcome | None:

@@ -6,12 +6,13 @@ Celery's own logs the whole message with a traceback and drops it; and what komb
 
 from __future__ import annotations
 
-import json
 import logging
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from celery.worker.consumer import Consumer as CeleryConsumer
 from kombu import compression
+from kombu.utils.encoding import bytes_to_str
+from kombu.utils.json import loads
 
 from celeryconfig import TaskNames
 from tasks.dead_letters import bury
@@ -139,7 +140,9 @@ def _guard_redis(channel: Any) -> None:
         if popped:
             queue, raw = popped
             try:
-                channel.Message(json.loads(raw), channel=channel)
+                # As kombu does it a moment later.
+                message = channel.Message(loads(bytes_to_str(raw)), channel=channel)
+                hash(message.delivery_tag)
             except Exception as error:  # noqa: BLE001 - whatever kombu would have raised
                 bury(queue.decode(errors="backslashreplace"), _undecodable(error), headers=None, body=raw)
                 return None  # as when the list is empty

@@ -9,6 +9,7 @@ import logs
 from celeryconfig import TaskNames
 from db import one_line
 from refresh import retention as domain
+from refresh import webhook_deliveries
 from refresh.runs import RefusedError
 from tasks.app import app, config, database
 from tasks.verify import heartbeat
@@ -19,6 +20,7 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger("credits.retention")
 @app.task(name=TaskNames.RETENTION)
 def retention() -> None:
     """Beat's nightly task, before the audit. What somebody reads tonight is dropped in another night."""
+    _tidy_webhooks()
     terms = domain.Terms(config.credit_refresh_retention_months, config.credit_refresh_planned_days)
     try:
         with heartbeat(), database().statements() as connection:
@@ -34,3 +36,10 @@ def retention() -> None:
         return
     if not report.nothing:
         log.info(f"{logs.PREFIX} {report.summary}", **report.facts())
+
+
+def _tidy_webhooks() -> None:
+    with database().statements() as connection:
+        expired, deleted = webhook_deliveries.tidy(connection)
+    if expired or deleted:
+        log.info(f"{logs.PREFIX} Tidied the webhooks' outbox", expired=expired, deleted=deleted)

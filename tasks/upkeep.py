@@ -10,24 +10,32 @@ from kombu.exceptions import OperationalError
 
 import logs
 from celeryconfig import QueueNames, TaskNames
-from refresh import delivery, partitions, totals
+from refresh import delivery, partitions, stripe_events, totals, webhook_events
 from tasks.app import app, config, database
 from tasks.batch import log_finished
+from tasks.deliver import ring_for_webhooks
 from tasks.publish import messages_waiting, publish_queue
 from tasks.scan import open_current_slot
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+STRIPE_EVENTS_MAX = 200
+"""Events of Stripe's that one upkeep looks at, some ten milliseconds each."""
+
 log: structlog.stdlib.BoundLogger = structlog.get_logger("credits.upkeep")
 
 
 @app.task(name=TaskNames.UPKEEP)
 def upkeep() -> None:
-    """Give up what was tried too often, finish runs, publish what waits, open a missed slot, make partitions."""
-    steps: list[Callable[[], object]] = [_make_partitions]
+    """Give up what was tried too often, finish runs, publish what waits, open a missed slot, make partitions.
+
+    And look again at events of Stripe's that wait for something, and ring for what webhook endpoints are to be told,
+    disabled or not.
+    """
+    steps: list[Callable[[], object]] = [_make_partitions, _tell_of_silence, _ring_for_webhooks]
     if config.credit_refresh_enabled:
-        steps = [_give_up, _finish, _publish, open_current_slot, _make_partitions]
+        steps = [_give_up, _finish, _publish, open_current_slot, _process_stripe_events, *steps]
     for step in steps:
         try:
             step()
@@ -73,6 +81,25 @@ def _make_partitions() -> None:
     with database().transaction(lock_timeout=partitions.LOCK_TIMEOUT) as connection:
         for name in partitions.ensure_partitions(connection):
             log.info(f"{logs.PREFIX} Made partition {name}")
+
+
+def _process_stripe_events() -> None:
+    terms = stripe_events.Terms(config.stripe_plan_after_cancel)
+    with database().statements() as connection:
+        for done in stripe_events.process_waiting(connection, terms, limit=STRIPE_EVENTS_MAX):
+            log.info(f"{logs.PREFIX} Stripe event", event_id=done.id, outcome=done.outcome, user=done.user)
+
+
+def _tell_of_silence() -> None:
+    with database().statements() as connection:
+        told = webhook_events.tell_silence(connection)
+    if told:
+        log.warning(f"{logs.PREFIX} Nobody was refreshed for days: webhook endpoints are told", endpoints=told)
+
+
+def _ring_for_webhooks() -> None:
+    with database().statements() as connection:
+        ring_for_webhooks(connection)
 
 
 @signals.worker_ready.connect

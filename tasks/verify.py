@@ -12,7 +12,9 @@ import structlog
 import logs
 from celeryconfig import TaskNames
 from refresh import verify as audit
+from refresh import webhook_events
 from tasks.app import app, config, database, heartbeat_path
+from tasks.deliver import ring_for_webhooks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,12 +29,20 @@ LOGGED_MAX = 100
 @app.task(name=TaskNames.VERIFY)
 def verify() -> None:
     """Beat's nightly task. It reads the books at one instant and writes a row of the audit log afterwards."""
-    began = time.monotonic()
+    began, found = time.monotonic(), webhook_events.Found()
+
+    def on_finding(finding: audit.Finding) -> None:
+        _log(finding)
+        found.note(finding)
+
     with heartbeat(), database().transaction() as connection:
-        report = audit.verify(connection, _terms(), limit=LOGGED_MAX, on_finding=_log)
+        report = audit.verify(connection, _terms(), limit=LOGGED_MAX, on_finding=on_finding)
     report.seconds = time.monotonic() - began
     with database().transaction() as connection:
         audit.record(connection, report, actor="beat")
+        found.tell(connection, report.counts)
+    with database().statements() as connection:
+        ring_for_webhooks(connection)
     say = log.error if report.findings else log.info
     say(
         f"{logs.PREFIX} Verified: {report.summary}",

@@ -55,7 +55,7 @@ def problems(compose: dict[str, Any], dockerfile: str) -> list[str]:
     """Compare the parsed docker-compose.yml and the Dockerfile's text with the code; a line for each difference."""
     services: Services = compose["services"]
     once = _run_once(services)
-    found = [*_references(compose), *_settings(services), *_worker(services)]
+    found = [*_references(compose), *_settings(services), *_worker(services), *_reach(compose)]
     found += [f"deploy/Dockerfile: {problem}" for problem in (*_copies(dockerfile), *_image(dockerfile, services))]
     for name, service in services.items():
         found += [f"{name}: {problem}" for problem in _hardening(service)]
@@ -264,6 +264,18 @@ def _worker(services: Services) -> Iterator[str]:
             yield f"{kind}: its health check does not look at {heartbeat_path(kind).name}"
         if not age or int(age[1]) * 60 < 3 * celeryconfig.beat_max_loop_interval:
             yield f"{kind}: its health check is more impatient than three heartbeats"
+
+
+def _reach(compose: dict[str, Any]) -> Iterator[str]:
+    """Whoever sends webhooks reaches the internet; whoever grants does not."""
+    inside = {name for name, network in compose["networks"].items() if (network or {}).get("internal")}
+    for name, service in compose["services"].items():
+        queues = set(_options(_words(service)).get("--queues", "").split(",")) & set(celeryconfig.QueueNames.ALL)
+        reaches = bool(set(service.get("networks", ())) - inside)
+        if celeryconfig.QueueNames.WEBHOOKS in queues and not reaches:
+            yield f"{name}: sends webhooks, and is on no network that leads outside"
+        if queues & set(celeryconfig.QueueNames.REFRESH) and reaches:
+            yield f"{name}: grants credits, and is on a network that leads outside"
 
 
 def _seconds(duration: str) -> int:

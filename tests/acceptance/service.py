@@ -66,8 +66,8 @@ class Service:
         client: redis.Redis = self.broker.container.client
         return client
 
-    def start_worker(self) -> CeleryTestWorker:
-        return self._worker_cls(self._launcher.worker(self._env), self.app)
+    def start_worker(self, **variables: str) -> CeleryTestWorker:
+        return self._worker_cls(self._launcher.worker({**self._env, **variables}), self.app)
 
     def start_beat(self, name: str = "beat", **variables: str) -> CeleryTestNode:
         return self._launcher.beat({**self._env, **variables}, name)

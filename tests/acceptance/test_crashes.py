@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import parse_qs, urlsplit, urlunsplit
 
 from celeryconfig import QueueNames, TaskNames
+from tests.faults.proxy import Proxy
 
 if TYPE_CHECKING:
     from tests.acceptance.ledger import Ledger
@@ -13,6 +16,7 @@ if TYPE_CHECKING:
 
 ONE_BATCH = 100
 TEN_BATCHES = 1_000
+FORTY_BATCHES = 4_000
 
 
 def test_the_server_completes_the_statement_of_a_killed_worker(service: Service, ledger: Ledger) -> None:
@@ -121,4 +125,25 @@ def test_a_worker_that_is_told_to_stop_finishes_its_batch(service: Service, ledg
         service.worker.kill(signal.SIGTERM)
     service.until(lambda: service.worker.container.status == "exited", "the worker ended")
     assert service.worker.container.exit_code == 0
+    ledger.assert_all_granted_once(run_id)
+
+
+def test_a_worker_without_the_database_leaves_the_messages_to_others(service: Service, ledger: Ledger) -> None:
+    """It fails each message in no time, where the others take milliseconds: unhindered, it would have most of them."""
+    ledger.add_due_users(FORTY_BATCHES)
+    url = urlsplit(service.env["DATABASE_URL"])
+    with Proxy(Path(parse_qs(url.query)["host"][0]) / f".s.PGSQL.{url.port or 5432}") as proxy:
+        cut_off = service.start_worker(
+            DATABASE_URL=urlunsplit(url._replace(netloc=f"{url.username}@127.0.0.1:{proxy.port}", query=""))
+        )
+        with ledger.gate() as gate:
+            run_id = service.scan()
+            service.until(lambda: len(gate.held()) == 2, "both workers are inside a batch")
+            proxy.cut()
+        service.until(lambda: len(ledger.batches("pending")) <= 3, "the other one did the rest")
+        cut_off.kill()
+    assert "The database cannot be reached" in cut_off.logs()
+    ledger.a_minute_passes()
+    service.send(TaskNames.UPKEEP)
+    service.until_finished(run_id)
     ledger.assert_all_granted_once(run_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 ADMIN = "an-admin-token-of-the-tests-0001"
 READY_SECONDS = 2.0
-MARGIN_SECONDS = 0.7
+MARGIN_SECONDS = 1.5
 DEADLINE_SECONDS = 20.0
 
 OK = {"status": "ok", "detail": "answers"}
@@ -42,7 +43,7 @@ def wire(database_url: str) -> Iterator[Proxy]:
 
 @pytest.fixture
 def api(
-    launcher: Launcher, wire: Proxy, default_redis_broker: LocalRedis, database_url: str, tmp_path: Path
+    wire: Proxy, launcher: Launcher, default_redis_broker: LocalRedis, database_url: str, tmp_path: Path
 ) -> Iterator[httpx.Client]:
     env = settings.environment(
         DATABASE_URL=f"postgresql://postgres@127.0.0.1:{wire.port}{urlsplit(database_url).path}",
@@ -93,39 +94,32 @@ def assert_alive(api: httpx.Client) -> None:
     assert time.monotonic() - began < MARGIN_SECONDS
 
 
-def test_all_is_well(api: httpx.Client, ledger: Ledger) -> None:
+def test_all_is_well_and_a_refresh_is_counted(api: httpx.Client, ledger: Ledger) -> None:
     assert_alive(api)
     assert ready(api) == (200, {"database": OK, "migrations": MIGRATED, "broker": OK})
     ledger.add_due_users(3)
-    found = samples(api)
-    assert (found["credits_database_up"], found["credits_broker_up"], found["credits_users_due"]) == (1, 1, 3)
-    assert found["credits_oldest_overdue_seconds"] == pytest.approx(3_600, abs=60)
-    assert found["credits_queue_messages queue=bulk"] == found["credits_queue_unacked_messages"] == 0
+    before = samples(api)
+    assert (before["credits_database_up"], before["credits_broker_up"], before["credits_users_due"]) == (1, 1, 3)
+    assert before["credits_oldest_overdue_seconds"] == pytest.approx(3_600, abs=60)
+    assert before["credits_queue_messages queue=bulk"] == before["credits_queue_unacked_messages"] == 0
 
+    done = api.post("/api/admin/users/user-1/refresh-credits", headers={"Authorization": f"Bearer {ADMIN}"})
+    assert done.status_code == 200, done.text
+    after = samples(api)
+    assert after["credits_users_due"] == 2
+    assert after["credits_run_users_total outcome=refreshed work=refresh"] == 1
+    assert after["credits_granted_total work=refresh"] == done.json()["creditsAdded"] == 999
 
-def test_metrics_are_for_those_who_may_read(api: httpx.Client) -> None:
     for headers in ({}, {"Authorization": "Bearer guessed-000000000000000000000000"}):
         response = api.get("/metrics", headers=headers)
         assert response.status_code == 401
         assert "credits_" not in response.text
 
 
-def test_a_metric_counts_what_a_refresh_did(api: httpx.Client, ledger: Ledger) -> None:
-    ledger.add_due_users(2)
-    before = samples(api)
-    headers = {"Authorization": f"Bearer {ADMIN}"}
-    done = api.post("/api/admin/users/user-1/refresh-credits", headers=headers)
-    assert done.status_code == 200, done.text
-    after = samples(api)
-    assert after["credits_users_due"] == before["credits_users_due"] - 1
-    assert after["credits_run_users_total outcome=refreshed work=refresh"] == 1
-    assert after["credits_granted_total work=refresh"] == done.json()["creditsAdded"] == 999
-
-
 @pytest.mark.parametrize("fault", ["killed", "hung"])
 def test_redis_goes_and_comes_back(api: httpx.Client, default_redis_broker: LocalRedis, fault: str) -> None:
     assert is_ready(api)
-    default_redis_broker.container.kill("SIGKILL" if fault == "killed" else "SIGSTOP")
+    default_redis_broker.kill(signal.SIGKILL if fault == "killed" else signal.SIGSTOP)
     assert ready(api) == (503, {"database": OK, "migrations": MIGRATED, "broker": SILENT})
     assert_alive(api)
     began = time.monotonic()
@@ -134,9 +128,9 @@ def test_redis_goes_and_comes_back(api: httpx.Client, default_redis_broker: Loca
     assert (found["credits_database_up"], found["credits_broker_up"]) == (1, 0)
     assert "credits_queue_messages queue=bulk" not in found
     if fault == "killed":
-        default_redis_broker.container.restart()
+        default_redis_broker.restart()
     else:
-        default_redis_broker.container.kill("SIGCONT")
+        default_redis_broker.kill(signal.SIGCONT)
     until(lambda: is_ready(api), "the broker is back")
     assert samples(api)["credits_broker_up"] == 1
 

@@ -43,8 +43,6 @@ DISK_BYTES = 4 * 2**30  # at most; memory is used for what is written alone
 _SETTINGS = {
     "CREDIT_REFRESH_INTERVAL_SECONDS": str(INTERVAL_SECONDS),
     "CREDIT_REFRESH_BATCH_SIZE": str(BATCH_SIZE),
-    "CREDIT_REFRESH_MAX_ATTEMPTS": "100",  # a run of the suite has more faults than a year: nothing is given up
-    "CREDIT_REFRESH_MAX_USERS_PER_SECOND": "0",
     "DATABASE_SCHEMA": "credits",
 }
 _READY_SECONDS = 60.0

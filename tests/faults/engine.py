@@ -206,8 +206,12 @@ class Engine:
             [f"{name}: lasted {lasted:.1f} s", *(f"{times} {what}" for what, times in hits.counts.items())]
         )
         err.print(f"{began:6.0f} s  {what}; {found.users:,} users due, {how}", soft_wrap=True)
+        bound = FAULTS[name].bound_seconds if name in FAULTS and self._story.broken is None else limit
         if found.seconds is None:
             text = f"{found.left} of {found.users} users were not refreshed {limit:.0f} s after {name}"
+            self._story.find("recovery", text)
+        elif found.seconds > bound:
+            text = f"{found.users} users were refreshed {found.seconds:.1f} s after {name}; its bound is {bound:.0f} s"
             self._story.find("recovery", text)
         self._check(finished=False)
         self._look()

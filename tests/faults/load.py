@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 ASKS_PER_SECOND = 0.8
 TWICE_ONE_IN = 3
+PACED_ONE_IN = 3
+PACE = 200
+"""Users a second, of runs that have a pace of their own; beat's have the product's."""
 CURES_PER_SECOND = 0.05
 AGAIN_SECONDS = 0.5
 
@@ -132,7 +135,8 @@ class Desk:
     def _bulk(self, connection: psycopg.Connection[Any]) -> None:
         plan = self._random.choice((None, *(plan.code for plan in PLANS)))
         whom = ["--plan", plan] if plan else ["--all"]
-        self._ask(connection, "bulk", ["bulk-refresh", *whom, "--yes"], plan=plan, force=False)
+        pace = ["--max-users-per-second", str(PACE)] if self._random.randrange(PACED_ONE_IN) == 0 else []
+        self._ask(connection, "bulk", ["bulk-refresh", *whom, *pace, "--yes"], plan=plan, force=False)
 
     def _forced(self, connection: psycopg.Connection[Any]) -> None:
         users, file = self._some_users()

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 LIMIT_SECONDS = 150.0
-"""What takes longer is a finding. A lost message is found after 30 s, and a worker's death within a minute."""
+"""What takes longer is not waited for. What takes longer than its fault's bound is a finding."""
 POLL_SECONDS = 0.1
 
 # In the form of the wake index. Whom the host's own trigger refuses nobody can refresh.

@@ -34,6 +34,8 @@ def tell(story: Story, folder: Path) -> None:
         out.print(table("Faults", [_row(name, found) for name, found in _by_name(story).items()]))
     if story.not_run:
         out.print(table("Not run here", [{"fault": name, "why": why} for name, why in story.not_run.items()]))
+    if left := sorted(story.aims.keys() - {injection.name for injection in story.injections}):
+        out.print(f"Not reached in this time: {', '.join(left)}", soft_wrap=True, markup=False)
     if story.did:
         out.print(table("Meanwhile", [{"what": what, "times": times} for what, times in story.did.items()]))
     for finding in story.findings:

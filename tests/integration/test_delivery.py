@@ -110,6 +110,8 @@ def test_a_worker_that_dies_with_a_batch_each_time_makes_it_fail_after_so_many_a
     for _ in range(5):
         world.sql.execute(LATER)
         deliveries += len(upkeep(world, max_attempts=3))
+        world.sql.execute(BACKOFF_OVER)
+        deliveries += len(upkeep(world, max_attempts=3))
     done = world.progress(run)
     assert deliveries == 3
     assert (done.status, done.users_failed, done.users_selected) == ("failed", 1, 1)

@@ -45,6 +45,44 @@ def test_the_same_holds_without_a_pace(world: World) -> None:
     assert lost(world) == ids[:2]
 
 
+def test_a_run_of_one_batch_is_overtaken_by_others(world: World) -> None:
+    """It has nothing later of its own, and the others fill the queue for long."""
+    world.users(1)
+    small = world.claim(world.scan())
+    for number in range(3):
+        world.user(f"other-{number}")
+    large = world.claim(world.scan(batch_size=1))
+    world.work(large[:1])
+    world.sql.execute(ENDED)
+    assert lost(world) == []  # whoever published it may have been slower than the others' publisher
+    apart = "UPDATE credit_refresh_batches SET published_at = published_at - %s * interval '1 second' WHERE id = %s"
+    world.sql.execute(apart, (delivery.PUSH_SECONDS_MAX + 1, *small))
+    assert lost(world) == small
+
+
+def test_what_is_lost_again_is_rung_for_after_a_backoff(world: World) -> None:
+    """A worker that dies as it starts, again and again, must not use up all attempts in a minute."""
+    _, ids = paced(world, 2, 10)
+    waits_seconds = []
+    for _ in range(4):
+        world.sql.execute("UPDATE credit_refresh_batches SET published_at = now() - interval '1 hour'")
+        world.sql.execute("UPDATE credit_refresh_batches SET next_attempt_at = NULL")
+        with world.database.statements() as connection:
+            delivery.record_losses(connection, scheduled=False, queue_empty=True)
+        wait = "SELECT extract(epoch FROM next_attempt_at - now())::float FROM credit_refresh_batches WHERE id = %s"
+        waits_seconds.append(round(world.value(wait, ids[0])))
+    assert waits_seconds == [0, 10, 20, 40]
+
+
+def test_nothing_is_lost_before_its_time(world: World) -> None:
+    _, ids = paced(world, 1, 10)
+    earlier = "UPDATE credit_refresh_batches SET published_at = now() - %s * interval '1 second'"
+    world.sql.execute(earlier, (delivery.LOST_AFTER_SECONDS - 1,))
+    assert lost(world, queue_empty=True) == []
+    world.sql.execute(earlier, (delivery.LOST_AFTER_SECONDS + 1,))
+    assert lost(world, queue_empty=True) == ids
+
+
 def test_who_was_published_later_is_not_overtaken(world: World) -> None:
     _, ids = paced(world, 3, 10)
     world.sql.execute("UPDATE credit_refresh_batches SET published_at = now() + interval '1 ms' WHERE id = %s", ids[:1])

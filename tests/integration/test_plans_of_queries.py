@@ -14,7 +14,7 @@ import psycopg
 import pytest
 
 from refresh import delivery, metrics, runs, totals
-from refresh.batch import GRANT_ALL, GRANT_MANY, GRANT_ONE, PLAN
+from refresh.batch import GRANT_ALL, GRANT_MANY, GRANT_ONE, PLAN, TELLING
 from refresh.closing import close_batch
 from refresh.work import pending_batches
 from tests.integration.explained import Mode, explaining
@@ -59,8 +59,11 @@ INSERT INTO credit_refresh_runs (id, source, requested_by, started_at) VALUES ('
 INSERT INTO credit_refresh_batches (run_id, seq, user_ids, published_at)
 SELECT '{GOING_ON}', n, ARRAY[2 * n + 1], now() FROM generate_series(1, {BATCHES_GOING_ON}) AS n
 """  # noqa: S608 - the same
-# One batch each of a run that grants, of one that plans, and of one for a single user.
+# One batch each of a run that grants, of one that plans, and of one for a single user. And a webhook endpoint that
+# wants to know of users: what does not tell does not look.
 _OPEN = f"""
+INSERT INTO webhook_endpoints (url, secret, events, created_by)
+VALUES ('https://hooks.example/', 'x', ARRAY['user.refreshed'], 'test');
 INSERT INTO credit_refresh_runs (id, source, requested_by, dry_run, started_at)
 SELECT id, 'cli', 'test', id = '{DRY}', now()
 FROM unnest(ARRAY['{NEW}', '{DRY}', '{SINGLE}']::uuid[]) AS r (id);
@@ -210,8 +213,11 @@ def test_the_scan_goes_by_the_wake_index(crowd: psycopg.Connection[Any], explain
         (granting(GRANT_ALL, NEW, 100), 100, 45),
         (granting(PLAN, DRY, 100), 100, 20),
         (granting(GRANT_ONE, SINGLE, 1), 1, 100),
+        # A user's own row once more, a row of the outbox and its two index entries.
+        (granting(TELLING[GRANT_MANY], NEW, 100), 100, 60),
+        (granting(TELLING[GRANT_ONE], SINGLE, 1), 1, 115),
     ],
-    ids=["many", "all or none", "plan", "one"],
+    ids=["many", "all or none", "plan", "one", "many, told of", "one, told of"],
 )
 def test_a_batch_touches_its_own_rows(
     crowd: psycopg.Connection[Any], explainer: Explainer, grant: Call, users: int, blocks_a_user: int

@@ -78,6 +78,9 @@ def test_compose_and_the_dockerfile_agree_with_the_code(compose: Compose) -> Non
 PLANTED: list[tuple[Callable[[Compose], None], str]] = [
     (swap("worker", "control,batches,bulk", "control,bulk"), "no worker drains the queue 'batches'"),
     (swap("worker", "control,batches", "control,batches,urgent"), "the queue 'urgent' is not in celeryconfig"),
+    (remove("services", "webhooks"), "no worker drains the queue 'webhooks'"),
+    (put("webhooks", networks=["database", "broker"]), "on no network that leads outside"),
+    (put("worker", networks=["database", "broker", "outside"]), "on a network that leads outside"),
     (swap("worker", "--without-gossip", "--without-gosip"), "worker has no option --without-gosip"),
     (swap("worker", "worker@%h", "worker@here"), "replicas must differ in their --hostname"),
     (put("worker", stop_grace_period="10s"), "killed before a statement's time limit"),

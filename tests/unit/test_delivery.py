@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import celeryconfig
-from refresh.delivery import FETCHED_MESSAGES, MESSAGE_IDS_MAX, messages
+from refresh.delivery import FETCHED_MESSAGES, MESSAGE_IDS_MAX, PUSH_SECONDS_MAX, messages
 
 
 @given(st.integers(0, 20_000))
@@ -26,3 +26,8 @@ def test_a_paced_run_puts_one_batch_into_a_message() -> None:
 
 def test_upkeep_knows_how_much_a_worker_fetches_ahead() -> None:
     assert celeryconfig.worker_prefetch_multiplier * celeryconfig.worker_concurrency + 1 == FETCHED_MESSAGES
+
+
+def test_whoever_pushes_has_given_up_before_others_count_on_it() -> None:
+    limits = celeryconfig.broker_transport_options
+    assert limits["socket_timeout"] + limits["socket_connect_timeout"] <= PUSH_SECONDS_MAX

@@ -9,7 +9,7 @@ from tests.faults.breaks import BREAKS
 from tests.faults.faults.catalogue import FAULTS
 
 TEXT = (CHECKOUT / "docs" / "guarantees.md").read_text()
-ROWS = [line for line in TEXT.splitlines() if line.startswith("|")][2:]
+ROWS = [line for line in TEXT.partition("## What delays what")[0].splitlines() if line.startswith("|")][2:]
 CHECKER = "".join(path.read_text() for path in sorted((CHECKOUT / "tests" / "faults").glob("*.py")))
 
 
@@ -28,6 +28,11 @@ def test_its_faults_are_there() -> None:
     named = {name for names in re.findall(r"faults? ((?:`[a-z-]+\*?`(?:, )?)+)", TEXT) for name in _words(names)}
     assert named
     assert [name for name in named if not any(re.fullmatch(name.replace("*", ".*"), fault) for fault in FAULTS)] == []
+
+
+def test_its_bounds_are_the_suites() -> None:
+    bounds = re.findall(r"^\| `([a-z-]+)` \| .* \| ([0-9]+) s \|$", TEXT, re.MULTILINE)
+    assert dict(bounds) == {name: f"{fault.bound_seconds:.0f}" for name, fault in FAULTS.items()}
 
 
 def test_its_rules_are_there() -> None:

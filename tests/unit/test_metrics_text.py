@@ -34,9 +34,13 @@ SNAPSHOT = Snapshot(
         Pending(scheduled=False),
     ),
     ended={
-        ("refresh", False, "succeeded"): Ended(3, 5, 1, 0, 0, LARGE, 40, timed=2, seconds=2.5, within=WITHIN),
-        ("refresh", False, "partial"): Ended(1, 2, 0, 0, 3, 10, 0, timed=1, seconds=0.25, within=(0, *(1,) * 9)),
-        ("refresh", True, "succeeded"): Ended(9, 9, 9, 9, 9, 9, 9, timed=9, seconds=9.0, within=(9,) * 10),
+        ("refresh", False, "succeeded"): Ended(
+            3, 5, 1, 0, 0, LARGE, 40, timed=2, microseconds=2_500_000, within=WITHIN
+        ),
+        ("refresh", False, "partial"): Ended(
+            1, 2, 0, 0, 3, 10, 0, timed=1, microseconds=250_000, within=(0, *(1,) * 9)
+        ),
+        ("refresh", True, "succeeded"): Ended(9, 9, 9, 9, 9, 9, 9, timed=9, microseconds=9_000_000, within=(9,) * 10),
         ("rollback", False, "succeeded"): Ended(1, 2, 0, 0, 0, 0, 30),
     },
     batch_seconds=(0.001, 0.002, 0.003),

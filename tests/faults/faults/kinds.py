@@ -44,6 +44,7 @@ class Fault:
         aims: what it is meant to hit, as `Hits` counts it; none of them may be 0 over a whole run of the suite.
         about: what happens, in a line.
         unavailable: why it cannot be run here; None: it can.
+        bound_seconds: after its end, everybody who was due then is refreshed within these; docs/guarantees.md has them.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Fault:
     aims: tuple[str, ...]
     about: str
     unavailable: Unavailable = _never
+    bound_seconds: float = 45.0
 
 
 FAULTS: dict[str, Fault] = {}
