@@ -137,5 +137,5 @@ def test_every_example_is_shown() -> None:
 
 def test_every_problem_is_documented_somewhere() -> None:
     shown = str(DOCUMENT["paths"])
-    unlisted = {"internal", "method-not-allowed", "too-large"}  # of any address, none in particular
+    unlisted = {"internal", "method-not-allowed"}  # of any address, none in particular
     assert {slug for slug in KINDS if f"/problems/{slug}'" not in shown} == unlisted
