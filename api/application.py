@@ -13,6 +13,7 @@ import logs
 import settings
 from api import docs_page, problems
 from api.access_log import AccessLog
+from api.body_limit import BodyLimit
 from api.document import Documented
 from api.limits import Limiter
 from api.routes import bulk, health, me, reports, reset, run_actions, runs, stripe, users, webhooks
@@ -33,8 +34,8 @@ strings beyond, which JavaScript cannot hold as numbers. **Errors** are `applica
 `type` explained under the address that it names. **Idempotency-Key** makes a POST that moves credits safe to repeat.
 """
 
-BODY_MAX = 2**20
-"""Bytes of a request's body, which is read before anybody knows who sends it."""
+BODY_BYTES_MAX = 2**20
+"""Of a request's body; a bulk refresh that names users takes more."""
 
 THREADS = 10
 """Requests that wait for the database at once, and so connections: as many as the pool holds (db.py)."""
@@ -62,8 +63,8 @@ def create_app(config: settings.Settings) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,
         generate_unique_id_function=_operation_id,
-        max_body_size=BODY_MAX,
     )
     app.state.config = config
     app.state.database = database
@@ -74,6 +75,7 @@ def create_app(config: settings.Settings) -> FastAPI:
     for other in (stripe, health, problems, docs_page):
         app.include_router(other.router)
     problems.install(app)
+    app.add_middleware(BodyLimit, bytes_max=BODY_BYTES_MAX, more={bulk.PATH: bulk.BODY_BYTES_MAX})
     app.add_middleware(AccessLog)
     # The outermost: whatever is logged or answered inside carries the id.
     app.add_middleware(CorrelationIdMiddleware, header_name="X-Correlation-ID", validator=_is_correlation_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 _USER = "user-42"
@@ -88,6 +89,57 @@ _OUTLOOK: dict[str, Any] = {
         "later": 80, "held": 2, "inactive": 5, "noPlan": 0, "external": 0, "unscheduled": 1, "overflow": 0,
     },
 }  # fmt: skip
+
+EVENTS_EXAMPLE = f"""event: progress
+data: {json.dumps(_RUN)}
+id: running-300-298-0
+retry: 1000
+
+event: end
+data: {json.dumps({**_RUN, **_ENDED})}
+id: succeeded-1200-1198-0
+retry: 1000
+
+"""
+
+STRIPE_EVENT = {
+    "id": "evt_1SVx2bK9mQ",
+    "object": "event",
+    "api_version": "2026-10-28.endive",
+    "created": 1795251600,
+    "type": "customer.subscription.deleted",
+    "livemode": True,
+    "data": {
+        "object": {"id": "sub_1SVx2aK9mQ", "object": "subscription", "customer": "cus_T0m4Ex", "status": "canceled"}
+    },
+}
+_ENDPOINT: dict[str, Any] = {
+    "id": "6f1b6c1e-08b5-4c0f-8a51-0d4f6f2d9c55",
+    "url": "https://example.com/hooks",
+    "format": "standard",
+    "events": ["run.finished"],
+    "noGrantsDays": 3,
+    "description": "the app's own",
+    "active": True,
+    "inactiveReason": None,
+    "createdBy": "api:admin-token",
+    "createdAt": _AT,
+    "failures": 0,
+    "resumeAt": None,
+}
+_DELIVERY: dict[str, Any] = {
+    "id": 812,
+    "messageId": "0d9c2f0a-5a7b-4a57-b8ce-2c1c54f5a2f0",
+    "endpointId": _ENDPOINT["id"],
+    "type": "run.finished",
+    "status": "delivered",
+    "attempts": 1,
+    "nextAttemptAt": None,
+    "lastStatus": 204,
+    "lastError": None,
+    "createdAt": _AT,
+    "finishedAt": "2026-11-21T09:00:01Z",
+}
 
 EXAMPLES: dict[str, dict[str, Any]] = {
     # --- bodies
@@ -238,6 +290,24 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         "beatAlive": True,
         "beat": "the last one is that of 2026-11-21 09:00 UTC",
         "history": [{**_RUN, **_ENDED}],
+    },
+    # --- webhooks
+    "NewEndpoint": {"url": "https://example.com/hooks", "events": ["run.finished"], "noGrantsDays": 3},
+    "EndpointChanges": {"active": False},
+    "Endpoint": _ENDPOINT,
+    "EndpointList": {"endpoints": [_ENDPOINT]},
+    "AddedEndpoint": {**_ENDPOINT, "secret": "whsec_c2hvd24gdGhpcyBvbmNl"},
+    "DeliveryPage": {"deliveries": [_DELIVERY], "next": None},
+    "DeliveryDetail": {**_DELIVERY, "data": {"runId": _RUN_ID, "status": "succeeded", "usersRefreshed": 1198}},
+    "StripeReceipt": {
+        "eventId": STRIPE_EVENT["id"],
+        "type": STRIPE_EVENT["type"],
+        "outcome": "unknown_customer",
+        "userId": None,
+        "runId": None,
+        "periodStart": None,
+        "periodEnd": None,
+        "text": "nobody is known for the customer cus_T0m4Ex: it is kept for `credits webhooks replay`",
     },
     # --- reports
     "Stats": {

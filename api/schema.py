@@ -66,20 +66,22 @@ _JSON_CREDITS = {
 Credits = Annotated[int, BeforeValidator(_integer), PlainSerializer(exact), WithJsonSchema(_JSON_CREDITS)]
 """Credits, exact at any size; sums may exceed 64 bits."""
 
-Amount = Annotated[
-    int,
-    BeforeValidator(_integer),
-    Field(ge=1, le=BIGINT_MAX),
-    WithJsonSchema(
+
+def _asked(sign: str, **limits: int) -> WithJsonSchema:
+    """Without an upper limit: OpenAPI's are floating-point numbers, and 2^63 - 1 is none."""
+    return WithJsonSchema(
         {
-            "anyOf": [
-                {"type": "integer", "minimum": 1, "maximum": SAFE_INTEGER},
-                {"type": "string", "pattern": "^[1-9][0-9]{0,18}$"},
-            ]
+            "anyOf": [{"type": "integer", **limits}, {"type": "string", "pattern": f"^{sign}[0-9]{{0,18}}$"}],
+            "description": "A whole number of 64 bits, or its decimal digits as a string.",
         }
-    ),
-]
+    )
+
+
+Amount = Annotated[int, BeforeValidator(_integer), Field(ge=1, le=BIGINT_MAX), _asked("[1-9]", minimum=1)]
 """Credits that somebody asks for."""
+
+Balance = Annotated[int, BeforeValidator(_integer), Field(ge=-BIGINT_MAX - 1, le=BIGINT_MAX), _asked("-?[0-9]")]
+"""Credits that somebody compares with."""
 
 Json = Annotated[Any, PlainSerializer(to_wire)]
 """Whatever was stored as JSON."""

@@ -15,7 +15,7 @@ from api.keys import RequiredKey
 from api.opening import open_and_publish, request_of
 from api.problems import documented
 from api.routes.users import DEFAULT_REASON, TEXT_MAX
-from api.schema import Amount, Body, Credits, Flag, Moment, Number, Text
+from api.schema import Amount, Balance, Body, Flag, Moment, Number, Text
 from refresh import runs
 from refresh.import_columns import MAX_KEY_CHARACTERS
 from refresh.preview import check_plan
@@ -31,10 +31,11 @@ USERS_MAX = 100_000
 """Users named one by one in a request; `credits bulk-refresh --users` takes files of any length."""
 
 
-BODY_MAX = 2**25
-"""Bytes: as many ids, and the longest."""
+PATH = "/api/admin/credits/bulk-refresh"
+BODY_BYTES_MAX = 2**25
+"""Room for as many ids of 300 characters."""
 
-router = APIRouter(prefix="/api/admin/credits", tags=["runs"], max_body_size=BODY_MAX)
+router = APIRouter(tags=["runs"])
 
 
 class BulkBody(Body):
@@ -46,7 +47,7 @@ class BulkBody(Body):
         None, min_length=1, max_length=USERS_MAX, description="These users, by your app's own ids."
     )
     next_refresh_before: Moment | None = Field(None, description="Whose date lies before it.")
-    balance_below: Credits | None = Field(None, description="Who have fewer credits.")
+    balance_below: Balance | None = Field(None, description="Who have fewer credits.")
     active: Flag | None = Field(None, description="Who are active, or are not.")
     force: Flag = Field(default=False, description="Those too who are not due, have no date, or wait for a webhook.")
     keep_window: Flag = Field(default=False, description="With `force`: leave everybody's next date where it is.")
@@ -71,8 +72,6 @@ class BulkBody(Body):
             raise ValueError("keepWindow is for force: any other refresh ends at its window's end")
         if self.atomic and self.max_users_per_second is not None:
             raise ValueError("atomic is one transaction: it cannot be paced")
-        if self.balance_below is not None and not -(2**63) <= self.balance_below < 2**63:
-            raise ValueError("balanceBelow is not a whole number of 64 bits")
         return self
 
     def selection(self) -> Selection:
@@ -105,7 +104,7 @@ class _Ids:
 
 
 @router.post(
-    "/bulk-refresh",
+    PATH,
     status_code=202,
     response_model=answers.Opened,
     summary="Refresh many users",

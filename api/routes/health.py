@@ -58,6 +58,12 @@ class Alive(Answer):
     status: Literal["alive"] = Field("alive", examples=["alive"])
 
 
+EXAMPLE = """# HELP credits_users_due Users who are due.
+# TYPE credits_users_due gauge
+credits_users_due 12.0
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class _Servers:
     """Who is asked, each in a thread of its own."""
@@ -126,7 +132,10 @@ async def readyz(servers: Servers, response: Response) -> Readiness:
     summary="Metrics for Prometheus",
     responses={
         **GUARDED,
-        200: {"description": "Prometheus' text format", "content": {"text/plain": {"schema": {"type": "string"}}}},
+        200: {
+            "description": "Prometheus' text format",
+            "content": {"text/plain": {"schema": {"type": "string"}, "example": EXAMPLE}},
+        },
     },
 )
 async def metrics(_caller: Reader, servers: Servers) -> Response:

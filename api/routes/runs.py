@@ -17,6 +17,7 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from api import answers
 from api.callers import Reader
 from api.context import Db
+from api.examples import EVENTS_EXAMPLE
 from api.problems import documented
 from api.schema import Moment, to_wire
 from db import DatabaseError, one_line
@@ -95,6 +96,7 @@ def _line(run_id: RunId, _caller: Reader, database: Db, last_event_id: LastEvent
     summary="A run's progress, by server-sent events",
     responses={
         **documented("not-found", "invalid-request"),
+        200: {"content": {"text/event-stream": {"example": EVENTS_EXAMPLE}}},
         204: {"description": "The run has ended, and `Last-Event-ID` is that of its end"},
     },
 )

@@ -13,6 +13,7 @@ from stripe import SignatureVerificationError, WebhookSignature
 
 import logs
 from api.context import Config, Db
+from api.examples import STRIPE_EVENT
 from api.problems import InvalidRequestError, Problem, documented
 from api.schema import Answer, Instant
 from refresh import stripe_events, stripe_inbox, stripe_objects
@@ -92,12 +93,12 @@ def terms_of(config: Settings) -> stripe_events.Terms:
     "/stripe",
     response_model=StripeReceipt,
     summary="Stripe's webhook: billing periods become windows, subscriptions plans",
-    responses=documented("unauthenticated", "too-large", "invalid-request", "unavailable", "internal"),
+    responses=documented("unauthenticated", "too-large", "invalid-request", "unavailable"),
     openapi_extra={
         "requestBody": {
             "required": True,
             "description": "A snapshot event of Stripe's, byte for byte as it was signed.",
-            "content": {"application/json": {"schema": {"type": "object"}}},
+            "content": {"application/json": {"schema": {"type": "object"}, "example": STRIPE_EVENT}},
         }
     },
 )

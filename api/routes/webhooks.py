@@ -12,7 +12,7 @@ from pydantic import Field
 from api.callers import Admin
 from api.context import Config, Db
 from api.problems import InvalidRequestError, documented
-from api.schema import Answer, Body, Credits, Instant, to_wire
+from api.schema import Answer, Body, Credits, Flag, Instant, Json, Number, Text
 from refresh import webhook_deliveries as deliveries
 from refresh import webhook_endpoints as endpoints
 from refresh.runs import RefusedError
@@ -31,7 +31,7 @@ BIGINT = r"^[1-9][0-9]{0,17}$"
 
 Event = Literal["run.finished", "notice.run_failed", "user.refreshed", "user.held", "verify.finding"]
 Url = Annotated[
-    str,
+    Text,
     Field(
         min_length=1,
         max_length=URL_MAX,
@@ -48,14 +48,14 @@ Events = Annotated[
     ),
 ]
 NoGrantsDays = Annotated[
-    int,
+    Number,
     Field(
         ge=1,
         le=endpoints.NO_GRANTS_DAYS_MAX,
         description="Tell when nobody was refreshed for so many days: `notice.no_grants`.",
     ),
 ]
-Description = Annotated[str, Field(min_length=1, max_length=endpoints.DESCRIPTION_MAX, description="For people.")]
+Description = Annotated[Text, Field(min_length=1, max_length=endpoints.DESCRIPTION_MAX, description="For people.")]
 EndpointId = Annotated[UUID, Path(alias="endpointId")]
 DeliveryId = Annotated[str, Path(alias="deliveryId", pattern=BIGINT)]
 
@@ -77,7 +77,7 @@ class EndpointChanges(Body):
     events: Events | None = None
     no_grants_days: NoGrantsDays | None = Field(None, description="Null: do not tell of silence.")
     description: Description | None = None
-    active: bool | None = Field(None, description="False: nothing is written for it or sent to it.")
+    active: Flag | None = Field(None, description="False: nothing is written for it or sent to it.")
 
     def named(self) -> dict[str, Any]:
         """What was named."""
@@ -136,7 +136,7 @@ class Delivery(Answer):
 class DeliveryDetail(Delivery):
     """A message, with what it tells."""
 
-    data: dict[str, Any]
+    data: Json
 
 
 class DeliveryPage(Answer):
@@ -187,7 +187,10 @@ def add_webhook(body: NewEndpoint, caller: Admin, config: Config, database: Db, 
 
 
 @router.get(
-    "/webhooks/{endpointId}", response_model=Endpoint, summary="One endpoint", responses=documented("not-found")
+    "/webhooks/{endpointId}",
+    response_model=Endpoint,
+    summary="One endpoint",
+    responses=documented("not-found", "invalid-request"),
 )
 def show_webhook(endpoint_id: EndpointId, _caller: Admin, database: Db) -> dict[str, Any]:
     """What it is told, and whether it takes it."""
@@ -216,7 +219,10 @@ def change_webhook(
 
 
 @router.delete(
-    "/webhooks/{endpointId}", status_code=204, summary="Remove an endpoint", responses=documented("not-found")
+    "/webhooks/{endpointId}",
+    status_code=204,
+    summary="Remove an endpoint",
+    responses=documented("not-found", "invalid-request"),
 )
 def remove_webhook(endpoint_id: EndpointId, caller: Admin, database: Db) -> None:
     """What was not sent yet is not sent any more."""
@@ -229,7 +235,7 @@ def remove_webhook(endpoint_id: EndpointId, caller: Admin, database: Db) -> None
     status_code=202,
     response_model=DeliveryDetail,
     summary="Send a message that tests an endpoint",
-    responses=documented("not-found", "refused"),
+    responses=documented("not-found", "refused", "invalid-request"),
 )
 def send_test(endpoint_id: EndpointId, _caller: Admin, database: Db, response: Response) -> Any:
     """A worker sends it; `Location` says what became of it."""
@@ -239,13 +245,14 @@ def send_test(endpoint_id: EndpointId, _caller: Admin, database: Db, response: R
         written = deliveries.read_delivery(connection, delivery_id)
     response.headers["Location"] = f"/api/admin/webhook-deliveries/{delivery_id}"
     response.headers["Retry-After"] = "1"
-    return to_wire(written.facts())
+    return written.facts()
 
 
 @router.get(
     "/webhook-deliveries",
     response_model=DeliveryPage,
     summary="What was sent and what was not, the newest first",
+    responses=documented("invalid-request"),
 )
 def list_of_deliveries(
     _caller: Admin,
@@ -268,12 +275,12 @@ def list_of_deliveries(
     "/webhook-deliveries/{deliveryId}",
     response_model=DeliveryDetail,
     summary="One message, with what it tells",
-    responses=documented("not-found"),
+    responses=documented("not-found", "invalid-request"),
 )
 def show_delivery(delivery_id: DeliveryId, _caller: Admin, database: Db) -> Any:
     """How often it was tried, and what the endpoint answered last."""
     with database.statements() as connection:
-        return to_wire(deliveries.read_delivery(connection, int(delivery_id)).facts())
+        return deliveries.read_delivery(connection, int(delivery_id)).facts()
 
 
 @router.post(
@@ -281,7 +288,7 @@ def show_delivery(delivery_id: DeliveryId, _caller: Admin, database: Db) -> Any:
     status_code=202,
     response_model=DeliveryDetail,
     summary="Send a dead message again",
-    responses=documented("not-found", "refused"),
+    responses=documented("not-found", "refused", "invalid-request"),
 )
 def retry_delivery(delivery_id: DeliveryId, caller: Admin, database: Db) -> Any:
     """Its attempts begin anew; its message id stays what it was."""
@@ -289,4 +296,4 @@ def retry_delivery(delivery_id: DeliveryId, caller: Admin, database: Db) -> Any:
         retried = deliveries.retry_delivery(connection, int(delivery_id), actor=caller.name)
     with database.statements() as connection:
         ring_for_webhooks(connection)
-    return to_wire(retried.facts())
+    return retried.facts()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import time
 import uuid
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 ADMIN_TOKEN = "admin-token-of-the-tests"  # noqa: S105 - theirs alone, like the others
 CRON_SECRET = "cron-secret-of-the-tests"  # noqa: S105
 JWT_SECRET = "jwt-secret-of-the-tests-with-32-bytes"  # noqa: S105
+STRIPE_SECRET = "whsec_of_the_tests_0123456789abcdef"  # noqa: S105
 PROBLEM = "application/problem+json"
 SECONDS = 30.0
 """For an answer: an opening that waits for another on a busy machine."""
@@ -47,6 +49,13 @@ def signed(subject: str = "ada", *, secret: str = JWT_SECRET, algorithm: str = "
     now = int(time.time())
     payload = {"sub": subject, "aud": "credits", "iat": now, "exp": now + YEAR, **claims}
     return jwt.encode(payload, secret, algorithm)
+
+
+def stripe_signature(body: bytes) -> dict[str, str]:
+    """Stripe's header for a body: HMAC-SHA256 over the instant, a full stop and the body."""
+    instant = int(time.time())
+    mac = hmac.digest(STRIPE_SECRET.encode(), f"{instant}.".encode() + body, "sha256")
+    return {"Stripe-Signature": f"t={instant},v1={mac.hex()}", "Content-Type": "application/json"}
 
 
 def bearer(token: str | None) -> dict[str, str]:
@@ -138,6 +147,7 @@ def deployed(cluster: Cluster, folder: Path) -> Iterator[Deployment]:
                 ADMIN_TOKEN=ADMIN_TOKEN,
                 CRON_SECRET=CRON_SECRET,
                 JWT_SECRET=JWT_SECRET,
+                STRIPE_WEBHOOK_SECRET=STRIPE_SECRET,
                 API_RATE_LIMIT="100000/second",
                 LOG_FORMAT="json",
             )

@@ -103,7 +103,7 @@ def test_whom_it_selects(client: httpx.Client, world: World, body: dict[str, Any
         ({"all": True, "balanceBelow": 5}, "body", "leave it out"),
         ({"all": True, "keepWindow": True}, "body", "keepWindow is for force"),
         ({"all": True, "atomic": True, "maxUsersPerSecond": 5}, "body", "cannot be paced"),
-        ({"balanceBelow": str(2**63)}, "body", "64 bits"),
+        ({"balanceBelow": str(2**63)}, "balanceBelow", "9223372036854775807"),
         ({"all": "yes"}, "all", "boolean"),
         ({"all": True, "dryRun": "off"}, "dryRun", "boolean"),
         ({"all": True, "dry_run": 1}, "dry_run", "boolean"),

@@ -34,8 +34,11 @@ SUPPORT = (401, 200, 403, 200, 200, 403, 403)
 ADMIN = (401, 200, 403, 403, 200, 403, 403)
 OPENS_RUN = (401, 202, 403, 403, 202, 403, 403)
 NO_SUCH_RUN = (401, 404, 403, 403, 404, 403, 403)
+NO_SUCH_THING = NO_SUCH_RUN
+BAD_TARGET = (401, 422, 403, 403, 422, 403, 403)
 OWN = (401, 403, 403, 403, 403, 200, 403)
 CRON = (401, 403, 403, 403, 403, 403, 200)
+SIGNED = (401, 401, 401, 401, 401, 401, 401)
 TABLE = {
     "GET /openapi.json": OPEN,
     "GET /docs": OPEN,
@@ -63,6 +66,16 @@ TABLE = {
     "GET /api/admin/reset-monthly-tokens": CRON,
     "POST /api/reset/manual": ADMIN,
     "GET /api/reset/status": READ,
+    "GET /api/admin/webhooks": ADMIN,
+    "POST /api/admin/webhooks": BAD_TARGET,
+    "GET /api/admin/webhooks/{endpointId}": NO_SUCH_THING,
+    "PATCH /api/admin/webhooks/{endpointId}": NO_SUCH_THING,
+    "DELETE /api/admin/webhooks/{endpointId}": NO_SUCH_THING,
+    "POST /api/admin/webhooks/{endpointId}/test": NO_SUCH_THING,
+    "GET /api/admin/webhook-deliveries": ADMIN,
+    "GET /api/admin/webhook-deliveries/{deliveryId}": NO_SUCH_THING,
+    "POST /api/admin/webhook-deliveries/{deliveryId}/retry": NO_SUCH_THING,
+    "POST /api/webhooks/stripe": SIGNED,
     "GET /api/user/credits/next-refresh": OWN,
     "GET /api/user/credits/refresh-history": OWN,
 }
@@ -79,6 +92,9 @@ BODIES: dict[str, dict[str, Any]] = {
     "refresh-settings": {"creditRefreshHold": False},
     "bulk-refresh": {"userIds": ["ada"], "force": True, "dryRun": True},
     "manual": {"dryRun": True},
+    "webhooks": {"url": "https://127.0.0.1/"},
+    "{endpointId}": {"active": False},
+    "stripe": {"id": "evt_1", "object": "event"},
 }
 
 
@@ -106,10 +122,15 @@ class Callers:
     def request(self, route: str) -> dict[str, Any]:
         """A request that is well-formed: rights are all that can be wrong with it."""
         method, path = route.split()
-        path = path.replace("{userId:path}", "ada").replace("{slug}", "paused").replace("{name}", "start.js")
-        run_id = self.run_id if method == "GET" else str(uuid.uuid4())
-        body = BODIES.get(path.rpartition("/")[2]) if method != "GET" else None
-        return {"method": method, "url": path.replace("{runId}", run_id), "json": body}
+        body = BODIES.get(path.rpartition("/")[2]) if method not in {"GET", "DELETE"} else None
+        nobodys = str(uuid.uuid4())
+        values = {
+            "userId:path": "ada", "slug": "paused", "name": "start.js", "deliveryId": "1", "endpointId": nobodys,
+            "runId": self.run_id if method == "GET" else nobodys,
+        }  # fmt: skip
+        for name, value in values.items():
+            path = path.replace(f"{{{name}}}", value)
+        return {"method": method, "url": path, "json": body}
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +201,7 @@ def test_each_route_opens_to_whom_it_is_for(deployment: Deployment, callers: Cal
 
 @pytest.fixture(scope="module")
 def closed(deployment: Deployment) -> httpx.Client:
-    secrets = dict.fromkeys(("ADMIN_TOKEN", "CRON_SECRET", "JWT_SECRET"), "")
+    secrets = dict.fromkeys(("ADMIN_TOKEN", "CRON_SECRET", "JWT_SECRET", "STRIPE_WEBHOOK_SECRET"), "")
     return deployment.client(token=None, api=deployment.launcher.api({**deployment.env, **secrets}))
 
 
