@@ -104,7 +104,8 @@ def test_what_a_killed_sender_had_on_its_way_is_sent_again_under_the_same_id(
 
     webhooks_worker(launcher, service)
     service.send(TaskNames.UPKEEP)
-    service.until(lambda: service.taken(TaskNames.UPKEEP, service.worker) == 2, "upkeep looked")
+    # Each of the three workers has sent one at its start.
+    service.until(lambda: service.taken(TaskNames.UPKEEP, service.worker) == 4, "upkeep looked")
     assert len(receiver.requests) == 1  # the lease is on
     ledger.execute(
         "UPDATE webhook_deliveries SET next_attempt_at = next_attempt_at - make_interval(secs => %s)", LEASE_SECONDS

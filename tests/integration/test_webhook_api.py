@@ -15,6 +15,8 @@ import pytest
 from celeryconfig import QueueNames
 from embedded.processes import spawn, stop
 from settings import CHECKOUT
+from tasks.app import app, use_broker
+from tasks.publish import messages_waiting
 from tests.acceptance.nodes import free_port
 from tests.integration.hooks import endpoint, outbox, see
 from tests.integration.test_webhook_endpoints import CHAT, SECRET, URL, kill
@@ -53,6 +55,12 @@ def serving(cli: Cli, **variables: str) -> Iterator[httpx.Client]:
 def client(cli: Cli) -> Iterator[httpx.Client]:
     with serving(cli) as made:
         yield made
+
+
+def purge() -> None:
+    with app.connection_for_write() as broker:
+        channel: Any = broker.default_channel
+        channel.queue_purge(QueueNames.WEBHOOKS)
 
 
 def problem(answer: httpx.Response, status: int, slug: str, says: str) -> dict[str, Any]:
@@ -129,16 +137,14 @@ def test_what_cannot_be_is_refused_by_the_name_of_its_field(world: World, client
 def test_a_test_is_written_and_rung_for_and_can_be_followed(
     world: World, client: httpx.Client, servers: embedded.Servers
 ) -> None:
-    import redis  # noqa: PLC0415 - wanted here alone
-
-    broker = redis.Redis.from_url(servers.redis_url)
-    broker.delete(QueueNames.WEBHOOKS)
+    use_broker(servers.redis_url)
+    purge()
     added, _ = endpoint(world, "run.finished")
     for _ in range(3):
         sent = client.post(f"{HOOKS}/{added.id}/test")
         assert sent.status_code == 202, sent.text
-    assert broker.llen(QueueNames.WEBHOOKS) == 1
-    broker.delete(QueueNames.WEBHOOKS)
+    assert messages_waiting(QueueNames.WEBHOOKS) == 1
+    purge()
     followed = client.get(sent.headers["location"]).json()
     assert followed == sent.json()
     assert (followed["type"], followed["status"], followed["attempts"]) == ("ping", "pending", 0)
