@@ -60,7 +60,7 @@ def compose(message: Message) -> tuple[dict[str, str], bytes]:
 
 def sentence(type_: str, data: dict[str, Any]) -> str:
     """A message as one line of plain text, of at most `SENTENCE_MAX` characters."""
-    said = _SENTENCES.get(type_, lambda _: type_)(data)
+    said = _SENTENCES[type_](data) if type_ in _SENTENCES else type_
     line = " ".join("".join(c if c.isprintable() else " " for c in said).split())
     return line if len(line) <= SENTENCE_MAX else f"{line[: SENTENCE_MAX - 1]}…"
 

@@ -205,7 +205,7 @@ def test_by_command_an_endpoint_is_added_listed_tested_and_removed(world: World,
 
 
 def test_a_chats_address_is_read_from_standard_input_and_never_shown(world: World, cli: Cli) -> None:
-    arguments = [CREDITS, "webhooks", "endpoints", "add", "-", "--format", "slack"]
+    arguments = [str(CREDITS), "webhooks", "endpoints", "add", "-", "--format", "slack"]
     done = subprocess.run(
         arguments, input=f"{CHAT}\n", env=cli.environment, capture_output=True, text=True, check=True, timeout=60
     )
