@@ -106,7 +106,7 @@ class Ask:
 NO_SUCH_USER, NO_SUCH_RUN = Ask({"userId": "nobody"}), Ask({"runId": NOBODYS})
 BAD_USER, BAD_RUN, BAD_LIMIT = Ask({"userId": "%00"}), Ask({"runId": "x"}), Ask(query={"limit": 0})
 NO_SUCH_ENDPOINT, BAD_ENDPOINT = Ask({"endpointId": NOBODYS}), Ask({"endpointId": "x"})
-NO_SUCH_DELIVERY, BAD_DELIVERY = Ask({"deliveryId": "9"}), Ask({"deliveryId": "x"})
+NO_SUCH_DELIVERY, BAD_DELIVERY = Ask({"deliveryId": "999999999"}), Ask({"deliveryId": "x"})
 PAUSED = Ask(paused=True)
 KEYLESS = Ask(headers={"Idempotency-Key": ""})
 # Besides the successes, and what every guarded route has (`GENERAL`).
