@@ -20,7 +20,7 @@ from api.tokens import JwksUnavailableError, Tokens
 from refresh.keys import check_key
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from pydantic import SecretStr
 
@@ -105,7 +105,7 @@ def _same(token: str, secret: SecretStr | None) -> bool:
     return hmac.compare_digest(given, wanted)
 
 
-def _require(scope: Scope) -> Callable[[Caller], Caller]:
+def _require(scope: Scope) -> Callable[[Caller], Awaitable[Caller]]:
     async def allowed(caller: Annotated[Caller, Depends(identify)]) -> Caller:
         if not caller.may(scope):
             raise Problem("forbidden", f"this needs the scope {scope!r}")

@@ -20,7 +20,8 @@ from starlette.exceptions import HTTPException
 
 from api.schema import Answer, to_wire
 from db import DatabaseError, one_line
-from refresh.runs import KeyReusedError, NotFoundError, NotOpened, RefusedError
+from refresh.errors import KeyReusedError, NotFoundError, RefusedError
+from refresh.runs import NotOpened
 from refresh.single import NotGrantedError
 from refresh.user_settings import ChangedError
 
@@ -208,7 +209,11 @@ async def _answer_refused(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, NotGrantedError):
         more = {"outcome": error.outcome, "verdict": error.verdict.facts()}
         return _answer(request, "not-granted", str(error), more=more)
-    slugs = {NotFoundError: "not-found", KeyReusedError: "idempotency-key-reused", ChangedError: "precondition-failed"}
+    slugs: dict[type[Exception], str] = {
+        NotFoundError: "not-found",
+        KeyReusedError: "idempotency-key-reused",
+        ChangedError: "precondition-failed",
+    }
     return _answer(request, slugs.get(type(error), "refused"), str(error))
 
 

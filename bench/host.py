@@ -21,6 +21,7 @@ from cli.output import err
 from db import Database, one
 from refresh import runs
 from refresh.cancel import cancel_run
+from refresh.errors import RefusedError
 from tasks.app import app
 from tasks.publish import publish_batches
 
@@ -224,7 +225,7 @@ def _end(url: str, connection: Connection, run_id: UUID | None) -> tuple[float, 
     if run_id is None:
         return 0.0, 0
     with (
-        suppress(runs.RefusedError),  # it has ended by itself
+        suppress(RefusedError),  # it has ended by itself
         Database(url, "credits").transaction(lock_timeout=runs.OPENING_LOCK_TIMEOUT) as cancelling,
     ):
         cancel_run(cancelling, run_id, actor="bench", reason="enough was measured")

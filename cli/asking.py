@@ -5,10 +5,15 @@ Apart from `publishing.py`: a command that does its run by itself need not load 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
-from refresh import runs
+from refresh.errors import RefusedError
 from refresh.pacing import PACE_MAX
+
+if TYPE_CHECKING:
+    from refresh import runs
 
 
 def _not_blank(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:
@@ -43,6 +48,6 @@ inherited_pace_option = click.option(
 )
 
 
-def refuse(why: runs.NotOpened) -> runs.RefusedError:
+def refuse(why: runs.NotOpened) -> RefusedError:
     """The error of a command that was to open a run and did not."""
-    return runs.RefusedError(f"nothing was opened: {why.text}")
+    return RefusedError(f"nothing was opened: {why.text}")

@@ -19,6 +19,7 @@ from cli.user_list import load, opened_list, unknown_option, users_option
 from cli.words import confirm, counted, moment, yes_option
 from db import transaction
 from refresh import runs
+from refresh.errors import RefusedError
 from refresh.preview import Preview, preview
 from refresh.selection import Selection
 
@@ -205,7 +206,7 @@ def _open(
         err.print(_title(admitted, wanted), soft_wrap=True, markup=False)
         err.print(facts("", _lines(shown)))
     if not shown.users_refreshed:
-        raise runs.RefusedError(_nobody(shown, force=request.force))
+        raise RefusedError(_nobody(shown, force=request.force))
     if not admitted.dry_run:
         confirm(_question(shown, force=request.force), yes=yes)
     with transaction(connection, lock_timeout=runs.OPENING_LOCK_TIMEOUT):

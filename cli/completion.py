@@ -10,7 +10,7 @@ from click.shell_completion import get_completion_class
 import settings
 from cli.main import main
 from cli.output import answer, json_option
-from refresh.runs import RefusedError
+from refresh.errors import RefusedError
 
 SHELLS = ("bash", "zsh", "fish")
 _VARIABLE = "_CREDITS_COMPLETE"

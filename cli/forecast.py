@@ -17,8 +17,8 @@ from cli.output import answer, json_option, out, progress, table
 from cli.session import session
 from cli.words import moment
 from refresh import forecast as domain
+from refresh.errors import RefusedError
 from refresh.outlook import Total
-from refresh.runs import RefusedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

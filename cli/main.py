@@ -83,7 +83,7 @@ def _line(error: Exception) -> click.ClickException | None:
 
     from db import DatabaseError, one_line  # noqa: PLC0415
     from embedded import EmbeddedError  # noqa: PLC0415
-    from refresh.runs import RefusedError  # noqa: PLC0415
+    from refresh.errors import RefusedError  # noqa: PLC0415
     from settings import SettingsError  # noqa: PLC0415
 
     if isinstance(error, RefusedError):

@@ -14,7 +14,7 @@ from cli.types import WallTime
 from cli.words import confirm, counted, window_rows, yes_option
 from refresh import plans as domain
 from refresh import runs, totals
-from refresh.runs import RefusedError
+from refresh.errors import RefusedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

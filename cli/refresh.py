@@ -14,6 +14,7 @@ from cli.why import explanation
 from cli.words import counted, moment
 from refresh import runs
 from refresh.at_once import do_at_once
+from refresh.errors import RefusedError
 from refresh.single import NotGrantedError, open_single, read_single
 from refresh.verdict import explain_user
 
@@ -97,7 +98,7 @@ def _open(connection: psycopg.Connection[Any], request: runs.Request, verdict: V
         run = open_single(connection, request, verdict)
     except NotGrantedError as error:
         way_out = _way_out(error.outcome, verdict, force=request.force)
-        raise runs.RefusedError(f"{explanation(verdict)} {way_out}") from error
+        raise RefusedError(f"{explanation(verdict)} {way_out}") from error
     if isinstance(run, runs.NotOpened):
         raise refuse(run)
     return run

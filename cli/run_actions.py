@@ -13,9 +13,9 @@ from cli.session import Session, actor, session
 from cli.words import confirm, counted, yes_option
 from refresh import runs
 from refresh.cancel import cancel_run
+from refresh.errors import RefusedError
 from refresh.retry import open_retry, read_retriable
 from refresh.run_list import find_run, read_line
-from refresh.runs import RefusedError
 
 if TYPE_CHECKING:
     from uuid import UUID

@@ -11,7 +11,7 @@ from cli.session import session
 from cli.types import Instant
 from cli.words import counted, moment
 from refresh import stats as domain
-from refresh.runs import RefusedError
+from refresh.errors import RefusedError
 
 if TYPE_CHECKING:
     from datetime import datetime

@@ -15,7 +15,7 @@ from cli.session import actor, session
 from cli.words import confirm, counted, moment, yes_option
 from db import one_line, transaction
 from refresh import stripe_customers, stripe_events, stripe_inbox
-from refresh.runs import NotFoundError, RefusedError
+from refresh.errors import NotFoundError, RefusedError
 from refresh.stripe_inbox import OUTCOMES, Stored, Wanted
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ import click
 from cli.output import err
 from cli.rejects import harmless
 from cli.words import counted
+from refresh.errors import RefusedError
 from refresh.import_columns import shown
-from refresh.runs import RefusedError
 from refresh.user_files import Listed, UserList, load_users, unknown_ids
 
 if TYPE_CHECKING:

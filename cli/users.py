@@ -15,10 +15,11 @@ from cli.rejects import reject_file
 from cli.session import actor, session
 from cli.why import explanation
 from cli.words import confirm, counted, moment, window_rows, yes_option
+from refresh.errors import RefusedError
 from refresh.import_columns import COLUMNS
 from refresh.import_file import UserFile
 from refresh.imports import BadRowsError, Report, import_users
-from refresh.runs import OPENING_LOCK_TIMEOUT, RefusedError
+from refresh.runs import OPENING_LOCK_TIMEOUT
 from refresh.stagger import count_unscheduled, stagger_users
 from refresh.verdict import explain_user
 from refresh.windows import user_windows

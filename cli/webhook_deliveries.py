@@ -11,7 +11,7 @@ from cli.output import answer, err, json_option, out, table
 from cli.session import actor, session
 from cli.words import confirm, counted, moment, yes_option
 from refresh import webhook_deliveries as domain
-from refresh.runs import RefusedError
+from refresh.errors import RefusedError
 
 if TYPE_CHECKING:
     import psycopg

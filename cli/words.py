@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from refresh.runs import RefusedError
+from refresh.errors import RefusedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

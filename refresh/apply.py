@@ -31,6 +31,7 @@ from refresh.closing import (
     LOCK_WAITING,
     Outcome,
 )
+from refresh.errors import NotFoundError, RefusedError
 from refresh.partitions import GONE_AS_OF, gone_text
 from refresh.selection import Chosen
 from refresh.webhook_events import TELL_USERS
@@ -104,7 +105,7 @@ def read_dry_run(connection: psycopg.Connection[Any], run_id: UUID) -> DryRun:
     with connection.cursor(row_factory=class_row(DryRun)) as cursor:
         found = cursor.execute(_DRY_RUN, {"run_id": run_id}).fetchone()
     if found is None:
-        raise runs.NotFoundError(f"there is no run {run_id}")
+        raise NotFoundError(f"there is no run {run_id}")
     return found
 
 
@@ -117,7 +118,7 @@ def require_appliable(dry_run: DryRun) -> None:
     """
     reason = _refusal(dry_run)
     if reason is not None:
-        raise runs.RefusedError(reason)
+        raise RefusedError(reason)
 
 
 def _refusal(dry_run: DryRun) -> str | None:  # noqa: C901, PLR0911 - one for each
@@ -208,11 +209,11 @@ def open_apply(
     if not enabled:
         return runs.NotOpened("paused")
     if all_dry:
-        raise runs.RefusedError("every run is a dry one at present (settings.dry_run): nothing can be applied")
+        raise RefusedError("every run is a dry one at present (settings.dry_run): nothing can be applied")
     opened = runs.cut(connection, request, chosen)
     users = opened.users_selected if opened else 0
     if opened is None or users != dry_run.users_planned:
-        raise runs.RefusedError(_rows_differ(dry_run, users))
+        raise RefusedError(_rows_differ(dry_run, users))
     return opened
 
 

@@ -19,7 +19,7 @@ from psycopg.types.json import Jsonb
 
 from db import one
 from refresh import totals
-from refresh.runs import NotFoundError, RefusedError
+from refresh.errors import NotFoundError, RefusedError
 
 if TYPE_CHECKING:
     from uuid import UUID

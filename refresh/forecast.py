@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from db import one
 from refresh import plans
+from refresh.errors import RefusedError
 from refresh.outlook import Outlook, read_outlook
-from refresh.runs import RefusedError
 from refresh.snapshot import read_only
 
 if TYPE_CHECKING:

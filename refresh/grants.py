@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from psycopg.sql import SQL, Composable, Identifier
 
-from refresh.runs import RefusedError
+from refresh.errors import RefusedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -9,7 +9,7 @@ from uuid import UUID  # noqa: TC003 - the same
 
 from psycopg.rows import class_row
 
-from refresh.runs import NotFoundError
+from refresh.errors import NotFoundError
 
 if TYPE_CHECKING:
     import psycopg

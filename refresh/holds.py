@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from psycopg.rows import class_row
 
 from db import one
-from refresh.runs import NotFoundError, RefusedError
+from refresh.errors import NotFoundError, RefusedError
 
 if TYPE_CHECKING:
     from datetime import datetime

@@ -9,8 +9,8 @@ from __future__ import annotations
 import csv
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
+from refresh.errors import RefusedError
 from refresh.import_columns import COLUMNS, KEY, Column, shown
-from refresh.runs import RefusedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

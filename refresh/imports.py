@@ -17,9 +17,9 @@ from psycopg.sql import SQL, Composed, Identifier
 from psycopg.types.json import Jsonb
 
 from db import one
+from refresh.errors import RefusedError
 from refresh.holds import ACTOR
 from refresh.import_columns import BALANCE, KEY, NEXT, Column, Known, Value, convert_row, fetch_known
-from refresh.runs import RefusedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -18,7 +18,7 @@ from psycopg.types.json import Jsonb
 
 from db import one
 from refresh import regrid, runs
-from refresh.runs import RefusedError
+from refresh.errors import RefusedError
 from refresh.windows import plan_windows
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from refresh import selection
-from refresh.runs import RefusedError
+from refresh.errors import RefusedError
 
 if TYPE_CHECKING:
     import psycopg

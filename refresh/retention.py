@@ -18,6 +18,7 @@ from psycopg.types.json import Jsonb
 
 from db import one, transaction
 from refresh import runs
+from refresh.errors import RefusedError
 from refresh.retention_drop import Dropped, Horizon, Partition, drop_partitions, read_horizon, read_partitions
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Terms:
 
     def __post_init__(self) -> None:
         if self.months is not None and self.months < MONTHS_MIN:
-            raise runs.RefusedError(f"{self.months} months are too few: the books keep {MONTHS_MIN} at least")
+            raise RefusedError(f"{self.months} months are too few: the books keep {MONTHS_MIN} at least")
 
 
 @dataclass(frozen=True, slots=True)

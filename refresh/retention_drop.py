@@ -24,9 +24,9 @@ from psycopg.types.json import Jsonb
 
 from db import one, transaction
 from refresh import runs
+from refresh.errors import RefusedError
 from refresh.partitions import LOCK_TIMEOUT
 from refresh.retention_needs import AUDIT, HISTORY, NEEDED, NEXT_WINDOWS
-from refresh.runs import RefusedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

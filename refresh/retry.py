@@ -17,8 +17,8 @@ from psycopg.rows import class_row
 
 from db import one
 from refresh import runs, selection
+from refresh.errors import NotFoundError, RefusedError
 from refresh.partitions import GONE, GONE_AS_OF, gone_text
-from refresh.runs import NotFoundError, RefusedError
 from refresh.selection import Chosen
 
 if TYPE_CHECKING:

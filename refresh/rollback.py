@@ -15,9 +15,10 @@ from uuid import UUID  # noqa: TC003 - asdict() and the tests read the annotatio
 from db import one
 from refresh import runs
 from refresh.cancel import cancel_run
+from refresh.errors import NotFoundError, RefusedError
 from refresh.partitions import GONE, gone_text
 from refresh.reversal import FITS, LIVE, MONEY
-from refresh.runs import NotFoundError, NotOpened, Opened, RefusedError
+from refresh.runs import NotOpened, Opened
 from refresh.selection import LISTED, Chosen
 
 if TYPE_CHECKING:

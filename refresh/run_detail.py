@@ -10,8 +10,8 @@ from datetime import datetime  # noqa: TC003 - psycopg's row factory builds the 
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID  # noqa: TC003 - the same
 
+from refresh.errors import NotFoundError
 from refresh.run_list import RunLine, exact, read_line
-from refresh.runs import NotFoundError
 
 if TYPE_CHECKING:
     import psycopg

@@ -11,7 +11,7 @@ from uuid import UUID
 
 from psycopg.rows import kwargs_row
 
-from refresh.runs import NotFoundError, RefusedError
+from refresh.errors import NotFoundError, RefusedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

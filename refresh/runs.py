@@ -18,6 +18,7 @@ from psycopg.types.json import Jsonb
 
 from db import one
 from refresh import selection
+from refresh.errors import KeyReusedError, NobodyError, RefusedError
 from refresh.pacing import batch_users
 from refresh.partitions import ensure_partitions
 from refresh.schedule import slot_at
@@ -148,22 +149,6 @@ class NotOpened:
             "paused": "the service is paused (`credits resume` ends that)",
             "slot_taken": "this slot's scan has run already",
         }[self.why]
-
-
-class RefusedError(ValueError):
-    """The request cannot be carried out. The text is one line for people."""
-
-
-class NotFoundError(RefusedError):
-    """What the request names is not there."""
-
-
-class NobodyError(RefusedError):
-    """Nobody was found for a request that wants somebody."""
-
-
-class KeyReusedError(RefusedError):
-    """The idempotency key belongs to a request of other content."""
 
 
 # In a statement of its own: the scan's snapshot must be younger than the lock, or it would not see the batches of the

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from db import transaction
 from refresh import runs, totals
 from refresh.at_once import Granted, read_granted
+from refresh.errors import RefusedError
 from refresh.preview import preview
 from refresh.selection import Selection
 from refresh.verdict import Verdict, explain_user
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     import psycopg
 
 
-class NotGrantedError(runs.RefusedError):
+class NotGrantedError(RefusedError):
     """The rule gives the user nothing now.
 
     Attributes:

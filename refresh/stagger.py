@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from psycopg.rows import class_row
 
 from db import one
-from refresh.runs import RefusedError
+from refresh.errors import RefusedError
 
 if TYPE_CHECKING:
     import psycopg

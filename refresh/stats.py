@@ -13,7 +13,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from db import one
-from refresh.runs import RefusedError
+from refresh.errors import RefusedError
 from refresh.schedule import slot_at
 from refresh.snapshot import read_only
 

@@ -17,7 +17,7 @@ import psycopg
 
 from db import one_line, transaction
 from refresh import stripe_customers, stripe_inbox, stripe_periods, stripe_subscriptions
-from refresh.runs import RefusedError
+from refresh.errors import RefusedError
 from refresh.stripe_inbox import Decision, Stored
 from refresh.stripe_objects import INVOICE_PAID, SUBSCRIPTION_TYPES
 

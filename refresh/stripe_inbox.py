@@ -16,7 +16,7 @@ from psycopg.types.json import Jsonb
 
 from db import one
 from refresh import stripe_objects
-from refresh.runs import NotFoundError
+from refresh.errors import NotFoundError
 from refresh.stripe_objects import INVOICE_PAID, Event
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from psycopg.rows import class_row
 
 from db import one
 from refresh import holds, runs, stripe_objects, totals
-from refresh.runs import RefusedError
+from refresh.errors import NobodyError, RefusedError
 from refresh.selection import Selection
 from refresh.stripe_inbox import Decision
 from refresh.stripe_objects import ENTITLED
@@ -203,7 +203,7 @@ def _grant(connection: psycopg.Connection[Any], invoice: Invoice, found: _Situat
     )
     try:
         opened = runs.open_run(connection, request, Selection(user=found.external_id))
-    except runs.NobodyError as error:
+    except NobodyError as error:
         raise RefusedError(f"{found.external_id} is in an unfinished batch of another run") from error
     if isinstance(opened, runs.NotOpened):
         return Decision("paused", None, found.user_id)

@@ -9,7 +9,7 @@ from uuid import UUID  # noqa: TC003 - the same
 
 from psycopg.rows import class_row
 
-from refresh.runs import RefusedError
+from refresh.errors import RefusedError
 from refresh.webhook_events import TELL_RUNS
 
 if TYPE_CHECKING:

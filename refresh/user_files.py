@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol
 
 from db import one, transaction
+from refresh.errors import RefusedError
 from refresh.import_columns import MAX_KEY_CHARACTERS, shown
 from refresh.import_file import BOM, UTF16, Lines, read_rows
 from refresh.imports import STATEMENT_TIMEOUT_SECONDS
-from refresh.runs import RefusedError
 from refresh.selection import LISTED
 
 if TYPE_CHECKING:

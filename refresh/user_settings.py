@@ -13,7 +13,7 @@ from psycopg.types.json import Jsonb
 
 from db import one
 from refresh import holds
-from refresh.runs import NotFoundError, RefusedError
+from refresh.errors import NotFoundError, RefusedError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -10,7 +10,7 @@ from uuid import UUID  # noqa: TC003 - the same
 from psycopg.rows import class_row
 from psycopg.types.json import Jsonb
 
-from refresh.runs import NotFoundError, RefusedError
+from refresh.errors import NotFoundError, RefusedError
 
 if TYPE_CHECKING:
     import psycopg

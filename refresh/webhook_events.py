@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from psycopg.types.json import Jsonb
 
-from refresh.runs import NotFoundError, RefusedError
+from refresh.errors import NotFoundError, RefusedError
 
 if TYPE_CHECKING:
     from uuid import UUID

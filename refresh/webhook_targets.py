@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import httpx
 
-from refresh.runs import RefusedError
+from refresh.errors import RefusedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -10,7 +10,7 @@ from celeryconfig import TaskNames
 from db import one_line
 from refresh import retention as domain
 from refresh import webhook_deliveries
-from refresh.runs import RefusedError
+from refresh.errors import RefusedError
 from tasks.app import app, config, database
 from tasks.verify import heartbeat
 

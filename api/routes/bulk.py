@@ -17,6 +17,7 @@ from api.problems import documented
 from api.routes.users import DEFAULT_REASON, TEXT_MAX
 from api.schema import Amount, Balance, Body, Flag, Moment, Number, Text
 from refresh import runs
+from refresh.errors import RefusedError
 from refresh.import_columns import MAX_KEY_CHARACTERS
 from refresh.preview import check_plan
 from refresh.selection import Selection
@@ -97,9 +98,7 @@ class _Ids:
         for place, id_ in enumerate(self._ids):
             text = id_.strip()
             if not text or len(text) > MAX_KEY_CHARACTERS or "\0" in text:
-                raise runs.RefusedError(
-                    f"userIds.{place} is no id: it has to have 1 to {MAX_KEY_CHARACTERS} characters"
-                )
+                raise RefusedError(f"userIds.{place} is no id: it has to have 1 to {MAX_KEY_CHARACTERS} characters")
             yield place, text
 
 

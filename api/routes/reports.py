@@ -13,7 +13,7 @@ from api.problems import InvalidRequestError, documented
 from api.schema import Moment, Text
 from refresh import forecast as ahead
 from refresh import stats
-from refresh.runs import RefusedError
+from refresh.errors import RefusedError
 
 router = APIRouter(prefix="/api/admin/credits", tags=["reports"])
 
@@ -39,9 +39,11 @@ def refresh_stats(
     """Of the runs that ended in the period, which ends now; and of the users as they are."""
     if days is not None and since is not None:
         raise InvalidRequestError("query.since", "days and since say the same thing twice: give one of them")
-    period = {"interval": config.interval, "cron": config.credit_refresh_cron}
     with database.transaction() as connection:
-        return stats.read_stats(connection, **period, days=days or stats.DAYS, since=since).facts()
+        return stats.read_stats(
+            connection, interval=config.interval, cron=config.credit_refresh_cron,
+            days=days or stats.DAYS, since=since,
+        ).facts()  # fmt: skip
 
 
 @router.get(

@@ -23,6 +23,7 @@ from api.routes.users import TEXT_MAX
 from api.schema import Body, Flag, Text
 from refresh import runs
 from refresh.doctor import scheduled_run
+from refresh.errors import NobodyError
 from refresh.reset_status import read_status
 from refresh.selection import Selection
 from tasks.app import app
@@ -69,7 +70,7 @@ def _refresh_due(
 
     try:
         run = open_and_publish(database, config, request.idempotency_key, opens, response)
-    except runs.NobodyError:
+    except NobodyError:
         return {"success": True, "resetCount": 0, "run": None}
     del response.headers["Retry-After"]
     return {"success": True, "resetCount": run["usersSelected"], "run": run}

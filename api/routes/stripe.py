@@ -17,7 +17,7 @@ from api.examples import STRIPE_EVENT
 from api.problems import InvalidRequestError, Problem, documented
 from api.schema import Answer, Instant
 from refresh import stripe_events, stripe_inbox, stripe_objects
-from refresh.runs import RefusedError
+from refresh.errors import RefusedError
 from refresh.stripe_inbox import OUTCOMES
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from api.problems import InvalidRequestError, documented
 from api.schema import Answer, Body, Credits, Flag, Instant, Json, Number, Text
 from refresh import webhook_deliveries as deliveries
 from refresh import webhook_endpoints as endpoints
-from refresh.runs import RefusedError
+from refresh.errors import RefusedError
 from refresh.webhook_events import EVENTS, tell_ping
 from refresh.webhook_targets import URL_MAX, TargetError, check_target
 from tasks.deliver import ring_for_webhooks

@@ -63,7 +63,7 @@ def known(deployment: Deployment) -> dict[str, str]:
 
 @schema.parametrize()
 @settings(max_examples=EXAMPLES_EACH, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-def test_every_answer_is_as_documented(case: Case, deployment: Deployment, known: dict[str, str]) -> None:
+def test_every_answer_is_as_documented(case: Case[Any], deployment: Deployment, known: dict[str, str]) -> None:
     """No 5xx; statuses, content types and bodies as documented; what is malformed is refused."""
     if case.meta is not None and case.meta.generation.mode == GenerationMode.POSITIVE:
         # A made-up id is nobody's: most requests would end at that.

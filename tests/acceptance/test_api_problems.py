@@ -242,7 +242,7 @@ def test_a_single_refresh_carries_it_too(client: httpx.Client, world: World) -> 
 
 @pytest.mark.parametrize("sent", ["", "x" * 129, "a\tb", "é"])
 def test_what_is_no_correlation_id_is_replaced(client: httpx.Client, sent: str) -> None:
-    answer = client.get("/healthz", headers={"X-Correlation-ID": sent.encode("latin-1")})
+    answer = client.get("/healthz", headers={b"X-Correlation-ID": sent.encode("latin-1")})
     assert re.fullmatch("[0-9a-f]{32}", answer.headers["x-correlation-id"])
 
 

@@ -270,7 +270,7 @@ def test_a_users_token_never_shows_anybody_else(anybody: httpx.Client, traces: T
     me, other = data.draw(st.permutations(USERS).map(lambda names: names[:2]))
     path = data.draw(st.sampled_from(GETS)).split()[1]
     url = path.replace("{userId:path}", data.draw(st.sampled_from(USERS))).replace("{runId}", traces.run_id)
-    asked = {
+    asked: dict[str, st.SearchStrategy[str | int]] = {
         "before": st.sampled_from(traces.ids[other] + traces.ids[me] + [10**17]),
         "limit": st.integers(1, 500),
         "userId": st.just(other), "user": st.just(other), "sub": st.just(other),

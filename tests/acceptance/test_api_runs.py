@@ -6,6 +6,7 @@ import itertools
 import json
 import signal
 import threading
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -146,13 +147,17 @@ def _run_of(world: World, batches: int) -> tuple[Opened, list[int]]:
     return run, world.claim(run)
 
 
+def _seen(events: Events, states: int) -> bool:
+    return len(events.seen) == states
+
+
 def test_a_run_is_followed_to_its_end(client: httpx.Client, world: World) -> None:
     run, batches = _run_of(world, 3)
     events = Events(client, run.run_id)
     following = threading.Thread(target=events.until_the_end)
     following.start()
     for number, batch in enumerate(batches, 1):
-        world.until(lambda wanted=number: len(events.seen) == wanted, "the state was told")
+        world.until(partial(_seen, events, number), "the state was told")
         world.work([batch])
     following.join(20)
     told = events.told()

@@ -108,9 +108,7 @@ def test_support_holds_and_releases(support: httpx.Client, world: World) -> None
 
 
 @pytest.mark.parametrize("setting", [{"creditRefreshDay": 3}, {"customCreditAmount": 7}, {"timezone": "UTC"}])
-def test_the_other_settings_are_not_for_support(
-    support: httpx.Client, world: World, setting: dict[str, object]
-) -> None:
+def test_the_other_settings_are_not_for_support(support: httpx.Client, world: World, setting: dict[str, Any]) -> None:
     name = f"not-for-support-{next(iter(setting))}"
     user_id = world.user(name)
     said = problem(put(support, name, creditRefreshHold=True, holdReason="x", **setting), 403, "forbidden")
@@ -141,7 +139,7 @@ def test_the_other_settings_are_not_for_support(
     ],
 )
 def test_what_is_refused_changes_nothing(
-    client: httpx.Client, world: World, settings: dict[str, object], status: int, says: str
+    client: httpx.Client, world: World, settings: dict[str, Any], status: int, says: str
 ) -> None:
     name = f"refused-{abs(hash(str(settings)))}"
     user_id = world.user(name)

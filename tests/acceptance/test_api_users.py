@@ -262,7 +262,8 @@ def test_the_history_is_read_page_by_page(client: httpx.Client, deployment: Depl
     user_id = world.user("paged")
     for _ in range(5):
         assert refresh(client, "paged", force=True).status_code == 200
-    pages, before = [], {}
+    pages: list[list[int]] = []
+    before: dict[str, int] = {}
     while True:
         page = about(client, "paged", "history", limit=2, **before)
         pages.append([entry["id"] for entry in page["entries"]])

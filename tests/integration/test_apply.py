@@ -10,7 +10,7 @@ import psycopg
 import pytest
 
 from refresh import runs
-from refresh.runs import RefusedError
+from refresh.errors import RefusedError
 from tests.integration.applying import applied, begin, drain, opened, plan
 from tests.integration.ledger import check_ledger
 from tests.integration.population import PLANS, add_plans, add_users

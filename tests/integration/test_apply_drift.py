@@ -8,7 +8,7 @@ import pytest
 from psycopg.types.json import Jsonb
 
 from refresh.apply import TAMPERED, count_tampered
-from refresh.runs import RefusedError
+from refresh.errors import RefusedError
 from tests.integration.applying import applied, begin, drain, opened, plan, tamper
 from tests.integration.ledger import behind_the_triggers, check_ledger
 

@@ -8,7 +8,7 @@ import psycopg
 import pytest
 
 from refresh import delivery, runs
-from refresh.runs import RefusedError
+from refresh.errors import RefusedError
 from refresh.work import do_batch, pending_batches
 from tests.integration.test_isolation import DEFERRED, TRIGGER, poison
 

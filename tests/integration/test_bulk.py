@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from refresh import runs
+from refresh.errors import RefusedError
 from refresh.selection import Selection
 from tests.integration.bulk import change_plan, foresee, open_bulk, opened, refresh, selected
 
@@ -60,7 +61,7 @@ def test_a_file_and_a_plan(world: World) -> None:
 
 def test_nobody_who_matches_is_no_run(world: World) -> None:
     world.user("later", due_in="1 day")
-    with pytest.raises(runs.RefusedError, match="nobody matches"):
+    with pytest.raises(RefusedError, match="nobody matches"):
         open_bulk(world)
     assert world.value("SELECT count(*) FROM credit_refresh_runs") == 0
 
@@ -256,7 +257,7 @@ def test_users_of_an_unfinished_run_are_left_out(world: World) -> None:
     shown = foresee(world, force=True)
     assert (shown.users_refreshed, shown.apart) == (1, {"unfinished": 1})
     assert opened(world, force=True).users_selected == 1
-    with pytest.raises(runs.RefusedError, match="nobody matches"):
+    with pytest.raises(RefusedError, match="nobody matches"):
         open_bulk(world, force=True)
     assert foresee(world, force=True, dry_run=True).users_refreshed == 2
 
@@ -294,7 +295,7 @@ def test_the_same_key_after_the_dry_switch_was_turned(world: World, *, dry: bool
     world.sql.execute("UPDATE settings SET dry_run = NOT dry_run")
     again = opened(world, idempotency_key="k", force=force)
     assert (again.run_id, again.dry_run, again.existing) == (first.run_id, dry, True)
-    with pytest.raises(runs.RefusedError, match="take a new key"):  # a look ahead is another request, whatever it makes
+    with pytest.raises(RefusedError, match="take a new key"):  # a look ahead is another request, whatever it makes
         open_bulk(world, idempotency_key="k", force=force, dry_run=True)
     assert world.value("SELECT count(*) FROM credit_refresh_runs") == 1
 
@@ -315,7 +316,7 @@ def test_the_same_key_after_the_dry_switch_was_turned(world: World, *, dry: bool
 def test_the_same_key_with_other_content_is_refused(world: World, other: dict[str, Any]) -> None:
     world.users(3)
     run = opened(world, file="user-1\nuser-2\n", idempotency_key="k")
-    with pytest.raises(runs.RefusedError, match=rf"belongs to run {run.run_id}.*take a new key"):
+    with pytest.raises(RefusedError, match=rf"belongs to run {run.run_id}.*take a new key"):
         open_bulk(world, **{"file": "user-1\nuser-2\n", "idempotency_key": "k", **other})
     assert world.value("SELECT count(*) FROM credit_refresh_runs") == 1
 

@@ -9,7 +9,7 @@ import pytest
 
 from refresh import delivery, runs, totals
 from refresh.cancel import Cancelled, cancel_run
-from refresh.runs import RefusedError
+from refresh.errors import RefusedError
 from tests.integration.command import refused
 from tests.integration.planning import MONTHLY, change, date, next_of
 

@@ -13,9 +13,9 @@ import psycopg
 import pytest
 
 from refresh import plans
+from refresh.errors import RefusedError
 from refresh.forecast import SETTABLE, Forecast, forecast, parse_change
 from refresh.outlook import STATES, Outlook, Total
-from refresh.runs import RefusedError
 from tests import oracle
 from tests.integration.command import refused
 from tests.integration.planning import move

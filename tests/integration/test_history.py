@@ -7,8 +7,8 @@ from uuid import uuid4
 
 import pytest
 
+from refresh.errors import RefusedError
 from refresh.history import HISTORY, Entry, user_history
-from refresh.runs import RefusedError
 from tests.integration.command import refused
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import psycopg
 import pytest
 
 from refresh import holds
-from refresh.runs import RefusedError
+from refresh.errors import RefusedError
 from tests.integration.command import refused
 
 if TYPE_CHECKING:

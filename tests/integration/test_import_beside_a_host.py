@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 import pytest
 
+from refresh.errors import RefusedError
 from refresh.import_file import UserFile
 from refresh.imports import BadRowsError, Reject, Report, import_users
-from refresh.runs import RefusedError
 from tests.integration.imports import load, users
 
 if TYPE_CHECKING:

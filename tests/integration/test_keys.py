@@ -12,7 +12,7 @@ import psycopg
 import pytest
 
 from refresh import keys
-from refresh.runs import RefusedError
+from refresh.errors import RefusedError
 from tests.integration.command import refused
 
 if TYPE_CHECKING:

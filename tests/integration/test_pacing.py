@@ -15,8 +15,8 @@ from refresh import delivery, doctor, pacing, runs
 from refresh import retry as retrying
 from refresh.apply import open_apply
 from refresh.cancel import cancel_run
+from refresh.errors import RefusedError
 from refresh.pacing import take_turn
-from refresh.runs import RefusedError
 from refresh.switch import turn
 from refresh.work import pending_batches
 from tasks.app import app, use_broker

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from refresh import plans
-from refresh.runs import RefusedError
+from refresh.errors import RefusedError
 from tests.integration.command import CREDITS, refused
 from tests.integration.planning import DAILY, MONTHLY, draft, save, stored
 

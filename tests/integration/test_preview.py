@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from refresh import runs
+from refresh.errors import RefusedError
 from refresh.selection import Selection
 from tests.integration.bulk import change_plan, foresee, refresh
 
@@ -78,7 +78,7 @@ def test_a_preview_knows_sums_beyond_64_bits(world: World) -> None:
 
 
 def test_a_preview_of_an_unknown_plan_is_refused(world: World) -> None:
-    with pytest.raises(runs.RefusedError, match="there is no plan 'gold'; known are: free, pro"):
+    with pytest.raises(RefusedError, match="there is no plan 'gold'; known are: free, pro"):
         foresee(world, Selection(plan="gold"))
 
 

@@ -10,7 +10,8 @@ import pytest
 from sqlalchemy.exc import ProgrammingError
 
 from cli.database import migrate
-from refresh import partitions, retention, retention_drop, runs
+from refresh import partitions, retention, retention_drop
+from refresh.errors import RefusedError
 from tests.integration.books import age, spend
 from tests.integration.past import (
     live_for_years,
@@ -318,7 +319,7 @@ def test_two_at_once_are_one(world: World) -> None:
     two_visits(world, "ada")
     with world.host() as host:
         host.execute("SELECT pg_advisory_xact_lock(hashtextextended('credits.retention', 0))")
-        with pytest.raises(runs.RefusedError, match="under way already"):
+        with pytest.raises(RefusedError, match="under way already"):
             retain(world)
 
 
@@ -327,5 +328,5 @@ def test_a_service_younger_than_the_horizon_loses_nothing(world: World) -> None:
     world.refresh()
     assert survey(world).nothing
     assert retain(world).nothing
-    with pytest.raises(runs.RefusedError, match="12 months are too few"):
+    with pytest.raises(RefusedError, match="12 months are too few"):
         retention.Terms(12, 90)

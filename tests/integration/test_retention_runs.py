@@ -10,6 +10,7 @@ import pytest
 
 from refresh import apply, retention, retry, rollback, runs
 from refresh.cancel import cancel_run
+from refresh.errors import RefusedError
 from tests.integration import applying
 from tests.integration.books import age
 from tests.integration.past import (
@@ -39,17 +40,17 @@ def test_an_old_run_is_refused_in_one_line(world: World) -> None:
     world.restore("UPDATE credit_refresh_runs SET created_at = created_at - interval '500 days' WHERE id = %s", planned)
     retain(world)
     with world.database.transaction() as connection:
-        with pytest.raises(runs.RefusedError, match="older than the books"):
+        with pytest.raises(RefusedError, match="older than the books"):
             rollback.expect(connection, rollback.Asked(run_id=old))
-        with pytest.raises(runs.RefusedError, match="older than the books"):
+        with pytest.raises(RefusedError, match="older than the books"):
             retry.read_retriable(connection, old)
-        with pytest.raises(runs.RefusedError, match="older than the books"):
+        with pytest.raises(RefusedError, match="older than the books"):
             apply.require_appliable(apply.read_dry_run(connection, planned))
         assert rollback.expect(connection, rollback.Asked(run_id=new)).users == 1
     since = survey(world).books_since
     assert since is not None
     long_ago = since.replace(day=1, year=since.year - 1)
-    with pytest.raises(runs.RefusedError, match="lies before the books"):
+    with pytest.raises(RefusedError, match="lies before the books"):
         world.scan(as_of=long_ago)
     with pytest.raises(psycopg.errors.CheckViolation, match="lies before the books"):
         world.sql.execute(
@@ -117,7 +118,7 @@ def test_stopped_between_two_pieces_it_goes_on(world: World, monkeypatch: pytest
     assert recorded(world) == [2, 2, 2]
     assert retain(world).nothing
     assert world.value("SELECT count(*) FROM credit_refresh_batches") == 0
-    with world.database.transaction() as connection, pytest.raises(runs.RefusedError, match="older than the books"):
+    with world.database.transaction() as connection, pytest.raises(RefusedError, match="older than the books"):
         apply.require_appliable(apply.read_dry_run(connection, planned))
 
 
@@ -153,10 +154,10 @@ def test_what_was_decided_as_of_before_the_books_is_refused_in_one_line(world: W
     with world.database.transaction() as connection:
         cancel_run(connection, forced.run_id, actor="test", reason="test")
     retain(world)
-    with pytest.raises(runs.RefusedError, match="the instant it decided as of, is older than the books"):
+    with pytest.raises(RefusedError, match="the instant it decided as of, is older than the books"):
         applying.opened(world, planned)
     with (
-        pytest.raises(runs.RefusedError, match="the instant it decided as of, is older than the books"),
+        pytest.raises(RefusedError, match="the instant it decided as of, is older than the books"),
         world.database.transaction() as connection,
     ):
         retry.open_retry(connection, forced.run_id, runs.Request("cli", "test", 100))
@@ -177,7 +178,7 @@ def test_planned_rows_go_in_time_without_any_months(world: World) -> None:
     assert retain(world, terms).planned_rows == 6
     assert survey(world, terms).books_since is None
     with world.database.transaction() as connection:
-        with pytest.raises(runs.RefusedError, match="retention leaves them in time: make a new dry run"):
+        with pytest.raises(RefusedError, match="retention leaves them in time: make a new dry run"):
             apply.require_appliable(apply.read_dry_run(connection, planned))
         apply.require_appliable(apply.read_dry_run(connection, fresh))
 
@@ -192,7 +193,7 @@ def test_a_plan_that_is_being_applied_stays(world: World) -> None:
     world.work(world.claim(run))
     assert world.progress(run).users_refreshed == 3
     assert retain(world, terms).planned_rows == 3
-    with world.database.transaction() as connection, pytest.raises(runs.RefusedError, match="cannot be retried"):
+    with world.database.transaction() as connection, pytest.raises(RefusedError, match="cannot be retried"):
         retry.read_retriable(connection, run.run_id)
 
 
@@ -217,7 +218,7 @@ def test_a_run_that_is_opened_meanwhile_comes_first(world: World, monkeypatch: p
         lock_door(connection)
 
     monkeypatch.setattr(runs, "lock_door", open_first)
-    with pytest.raises(runs.RefusedError, match="was opened meanwhile"):
+    with pytest.raises(RefusedError, match="was opened meanwhile"):
         retain(world)
     assert months(world) == before
     world.work(world.claim(opened[0]))

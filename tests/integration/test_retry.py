@@ -12,8 +12,8 @@ from refresh import delivery, runs, totals
 from refresh import retry as retrying
 from refresh.apply import open_apply
 from refresh.cancel import cancel_run
+from refresh.errors import RefusedError
 from refresh.rollback import Asked, open_rollback
-from refresh.runs import RefusedError
 from refresh.selection import Selection
 from tests.integration.bulk import opened
 from tests.integration.command import refused

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from refresh.runs import Opened, RefusedError
+from refresh.errors import RefusedError
+from refresh.runs import Opened
 from tests import oracle
 from tests.integration.population import MODES, add_plans
 from tests.integration.rollbacks import call_function, open_rollback, refresh, roll_back, spend, work_off

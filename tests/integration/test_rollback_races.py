@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import psycopg
 
 from refresh import runs, switch
-from refresh.runs import RefusedError
+from refresh.errors import RefusedError
 from refresh.work import do_batch, pending_batches
 from tests.integration import applying
 from tests.integration.ledger import check_ledger

@@ -10,7 +10,7 @@ import pytest
 
 from refresh import runs, switch
 from refresh.cancel import cancel_run
-from refresh.runs import RefusedError
+from refresh.errors import RefusedError
 from tests.integration.ledger import check_ledger
 from tests.integration.rollbacks import (
     REASON,

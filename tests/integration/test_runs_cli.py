@@ -10,9 +10,9 @@ from uuid import UUID, uuid4
 
 import pytest
 
+from refresh.errors import RefusedError
 from refresh.run_detail import RunDetail, read_run
 from refresh.run_list import RunLine, Wanted, find_run, list_runs
-from refresh.runs import RefusedError
 from tests.integration.command import refused
 
 if TYPE_CHECKING:

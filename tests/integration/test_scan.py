@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from refresh import runs
+from refresh.errors import RefusedError
 from settings import CHECKOUT
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def test_while_paused_nothing_is_opened_and_no_slot_taken(world: World, scan: st
 def test_only_a_dry_run_may_look_ahead(world: World) -> None:
     world.user("ada", due_in="10 days")
     tomorrow = world.value("SELECT now() + interval '11 days'")
-    with pytest.raises(runs.RefusedError, match="only a dry run may look ahead"):
+    with pytest.raises(RefusedError, match="only a dry run may look ahead"):
         world.scan(as_of=tomorrow)
     assert world.scan(as_of=tomorrow, dry_run=True).users_selected == 1
 

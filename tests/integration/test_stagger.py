@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from cli.chart import bars
-from refresh.runs import RefusedError
+from refresh.errors import RefusedError
 from refresh.stagger import Day, count_unscheduled, stagger_users
 from tests.integration.command import refused
 

@@ -9,7 +9,7 @@ import psycopg
 import pytest
 
 from refresh import totals
-from refresh.runs import RefusedError
+from refresh.errors import RefusedError
 from refresh.stats import CAUSES_SHOWN, Runs, Stats, read_stats
 from tests.integration.command import refused
 from tests.integration.population import LARGEST

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from refresh import stripe_customers, stripe_events, stripe_inbox
-from refresh.runs import NotFoundError, RefusedError
+from refresh.errors import NotFoundError, RefusedError
 from tests.integration import billing
 from tests.integration.billing import TERMS, Subscription, deliver, event, now, outcomes, see, upkeep
 

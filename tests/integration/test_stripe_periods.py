@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from refresh import stripe_events
-from refresh.runs import RefusedError
+from refresh.errors import RefusedError
 from tests.integration import billing, hooks
 from tests.integration.billing import (
     MONTH,

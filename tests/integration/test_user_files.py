@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from refresh import runs
+from refresh.errors import RefusedError
 from refresh.user_files import Listed, UserList, load_users, unknown_ids
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def test_the_digest_is_of_the_ids_and_of_nothing_else(world: World) -> None:
 )
 def test_what_is_no_list_of_users_is_refused_by_line(world: World, content: str | bytes, says: str) -> None:
     world.user("ada")
-    with pytest.raises(runs.RefusedError, match=says) as refused:
+    with pytest.raises(RefusedError, match=says) as refused:
         load(world, content)
     assert "\n" not in str(refused.value)
     assert world.value("SELECT count(*) FROM users") == 1

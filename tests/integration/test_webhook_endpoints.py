@@ -12,7 +12,7 @@ import pytest
 
 from refresh import webhook_deliveries as deliveries
 from refresh import webhook_endpoints as endpoints
-from refresh.runs import NotFoundError, RefusedError
+from refresh.errors import NotFoundError, RefusedError
 from refresh.webhook_events import EVENTS, tell_ping, tell_silence
 from refresh.webhook_outbox import anything_due, claim
 from refresh.webhook_targets import read_target

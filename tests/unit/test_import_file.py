@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from refresh.errors import RefusedError
 from refresh.import_columns import COLUMNS
 from refresh.import_file import MAX_ROW_BYTES, Row, UserFile
-from refresh.runs import RefusedError
 
 HEADER = b"external_id,email\n"
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from cli.rejects import RejectFile, harmless, reject_file
+from refresh.errors import RefusedError
 from refresh.imports import Reject
-from refresh.runs import RefusedError
 from settings import CHECKOUT
 
 

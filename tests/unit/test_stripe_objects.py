@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refresh import stripe_objects
-from refresh.runs import RefusedError
+from refresh.errors import RefusedError
 from tests.integration.billing import MONTH, YEARLY, Price, Subscription, event, now, ts
 
 JSON: st.SearchStrategy[Any] = st.recursive(
