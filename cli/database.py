@@ -96,6 +96,7 @@ def triggers(*, state: str, as_json: bool) -> None:
 _HEADINGS = {
     "host": "reads users, plans, history and runs; adds users, spends, holds; calls the refresh functions",
     "worker": "runs workers, beat, and the commands about runs and holds",
+    "api": "serves the HTTP API: what a worker may, users' settings, endpoints of webhooks; looks keys up",
     "read": "reads everything, changes nothing",
 }
 
@@ -103,9 +104,12 @@ _HEADINGS = {
 @db.command()
 @click.option("--host", "hosts", multiple=True, metavar="ROLE", help="Your app's: it reads, adds users, spends, holds.")
 @click.option("--worker", "workers", multiple=True, metavar="ROLE", help="Of workers and beat.")
+@click.option("--api", "apis", multiple=True, metavar="ROLE", help="Of the HTTP API.")
 @click.option("--read", "readers", multiple=True, metavar="ROLE", help="Of support and reports: it reads everything.")
 @json_option
-def grants(*, hosts: tuple[str, ...], workers: tuple[str, ...], readers: tuple[str, ...], as_json: bool) -> None:
+def grants(
+    *, hosts: tuple[str, ...], workers: tuple[str, ...], apis: tuple[str, ...], readers: tuple[str, ...], as_json: bool
+) -> None:
     """Print the SQL that gives roles what they need in our schema, and no more. Nothing is asked or changed.
 
     Have it run by whoever owns the tables: the role that ran `credits db upgrade`. It is one transaction, takes away
@@ -122,16 +126,17 @@ def grants(*, hosts: tuple[str, ...], workers: tuple[str, ...], readers: tuple[s
 
     \b
     Examples:
-      credits db grants --host app --worker credits_worker --read support | psql "$OWNERS_DATABASE_URL"
+      credits db grants --host app --worker workers --api api --read support | psql "$OWNERS_DATABASE_URL"
       credits db grants --host app --json
     """  # noqa: D301 - \b is Click's mark for a block that is not to be wrapped
     asked: list[tuple[rights.Kind, str]] = [
         *(("host", role) for role in hosts),
         *(("worker", role) for role in workers),
+        *(("api", role) for role in apis),
         *(("read", role) for role in readers),
     ]
     if not asked:
-        raise click.UsageError("name a role: --host ROLE, --worker ROLE or --read ROLE")
+        raise click.UsageError("name a role: --host ROLE, --worker ROLE, --api ROLE or --read ROLE")
     made = rights.grants(settings.load().database_schema, asked)
     if as_json:
         facts = [

@@ -1,4 +1,4 @@
-"""The SQL that gives a role what it needs and no more: a host's, the workers', a reader's.
+"""The SQL that gives a role what it needs and no more: a host's, the workers', the HTTP API's, a reader's.
 
 Only texts are made here; who owns the tables runs them. What a host sets off on users (histories, audit rows, dates)
 is written by triggers and functions as their owner, so its role needs no right on those tables.
@@ -16,7 +16,7 @@ from refresh.errors import RefusedError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-Kind = Literal["host", "worker", "read"]
+Kind = Literal["host", "worker", "api", "read"]
 
 ROLE_MAX_BYTES = 63
 
@@ -45,7 +45,7 @@ _ALL_TABLES = """
 _ENDPOINT_UPDATES = "failures, resume_at, active, inactive_reason, silence_checked_at, silence_noticed_at"
 # A reader sees neither what messages are signed with nor where they go: a chat's address is its secret.
 _ENDPOINT_COLUMNS = f"id, format, events, no_grants_days, description, created_by, created_at, {_ENDPOINT_UPDATES}"
-# Neither a host nor a worker sees keys of the HTTP API; nobody but the owner sees their hashes, or writes one.
+# Neither a host nor a worker sees keys of the HTTP API; nobody but the API and the owner sees their hashes.
 _KEY_COLUMNS = """
 id, prefix, name, scopes, created_at, created_by, expires_at, last_used_at, revoked_at, revoked_by
 """
@@ -66,6 +66,19 @@ _NOTHING = (
     SQL("REVOKE ALL ON SCHEMA {schema} FROM {role}"),
     SQL("GRANT USAGE ON SCHEMA {schema} TO {role}"),
 )
+_WORKER = (
+    SQL(f"GRANT SELECT ON {_ALL_TABLES.strip()} TO {{role}}"),
+    SQL(f"GRANT UPDATE ({_WORKER_UPDATES.strip()}) ON {{schema}}.users TO {{role}}"),
+    SQL("GRANT INSERT, UPDATE ON {schema}.credit_refresh_runs TO {role}"),
+    SQL("GRANT INSERT, UPDATE, DELETE ON {schema}.credit_refresh_batches TO {role}"),
+    # Of what is written, a rollback's mark alone can be set; deleted are planned rows, by retention.
+    SQL("GRANT INSERT, UPDATE (reversed_by_run_id), DELETE ON {schema}.credit_refresh_histories TO {role}"),
+    SQL("GRANT INSERT ON {schema}.credit_audit_logs TO {role}"),
+    SQL(f"GRANT SELECT, UPDATE ({_ENDPOINT_UPDATES}) ON {{schema}}.webhook_endpoints TO {{role}}"),
+    SQL("GRANT INSERT, UPDATE, DELETE ON {schema}.webhook_deliveries TO {role}"),
+    SQL("GRANT EXECUTE ON FUNCTION {schema}.ensure_partitions(timestamptz, integer) TO {role}"),
+    SQL(f"GRANT SELECT, INSERT, UPDATE ON {_STRIPE_TABLES} TO {{role}}"),
+)
 _GRANTS: dict[Kind, tuple[SQL, ...]] = {
     "host": (
         SQL("""
@@ -78,18 +91,13 @@ GRANT SELECT ON {schema}.users, {schema}.user_credits_now, {schema}.plans, {sche
 GRANT EXECUTE ON FUNCTION {schema}.refresh_credits_if_due(text), {schema}.refresh_due(integer) TO {role}
 """),
     ),
-    "worker": (
-        SQL(f"GRANT SELECT ON {_ALL_TABLES.strip()} TO {{role}}"),
-        SQL(f"GRANT UPDATE ({_WORKER_UPDATES.strip()}) ON {{schema}}.users TO {{role}}"),
-        SQL("GRANT INSERT, UPDATE ON {schema}.credit_refresh_runs TO {role}"),
-        SQL("GRANT INSERT, UPDATE, DELETE ON {schema}.credit_refresh_batches TO {role}"),
-        # Of what is written, a rollback's mark alone can be set; deleted are planned rows, by retention.
-        SQL("GRANT INSERT, UPDATE (reversed_by_run_id), DELETE ON {schema}.credit_refresh_histories TO {role}"),
-        SQL("GRANT INSERT ON {schema}.credit_audit_logs TO {role}"),
-        SQL(f"GRANT SELECT, UPDATE ({_ENDPOINT_UPDATES}) ON {{schema}}.webhook_endpoints TO {{role}}"),
-        SQL("GRANT INSERT, UPDATE, DELETE ON {schema}.webhook_deliveries TO {role}"),
-        SQL("GRANT EXECUTE ON FUNCTION {schema}.ensure_partitions(timestamptz, integer) TO {role}"),
-        SQL(f"GRANT SELECT, INSERT, UPDATE ON {_STRIPE_TABLES} TO {{role}}"),
+    "worker": _WORKER,
+    # It opens runs and refreshes single users itself; keys are looked up there, and made by the owner.
+    "api": (
+        *_WORKER,
+        SQL("GRANT UPDATE (custom_credit_amount, timezone) ON {schema}.users TO {role}"),
+        SQL("GRANT SELECT, UPDATE (last_used_at) ON {schema}.api_keys TO {role}"),
+        SQL("GRANT INSERT, UPDATE, DELETE ON {schema}.webhook_endpoints TO {role}"),
     ),
     "read": (
         SQL(f"GRANT SELECT ON {_ALL_TABLES.strip()} TO {{role}}"),

@@ -18,6 +18,7 @@ from psycopg.rows import dict_row
 import settings
 from db import Database
 from refresh.keys import create_key
+from tests import roles
 from tests.acceptance.nodes import Launcher
 from tests.conftest import LOCK_TIMEOUT_MS
 from tests.integration.world import World
@@ -91,6 +92,7 @@ class Deployment:
     launcher: Launcher
     redis: LocalRedis
     env: dict[str, str]
+    worker_env: dict[str, str]
     clients: list[httpx.Client] = field(default_factory=list)
     _api: LocalApi | None = None
 
@@ -102,7 +104,7 @@ class Deployment:
         return self._api
 
     def start_worker(self) -> LocalWorker:
-        return self.launcher.worker(self.env)
+        return self.launcher.worker(self.worker_env)
 
     def client(self, token: str | None = ADMIN_TOKEN, *, api: LocalApi | None = None, **headers: str) -> httpx.Client:
         """Somebody who asks; closed at the module's end."""
@@ -129,7 +131,7 @@ class Deployment:
 
 @contextmanager
 def deployed(cluster: Cluster, folder: Path) -> Iterator[Deployment]:
-    """A deployment with every secret set; its API starts when it is first asked for."""
+    """A deployment with every secret set, each process in a role of few rights; its API starts when first asked for."""
     name = cluster.create(cluster.template)
     url = cluster.url(name)
     database = Database(url, "credits", name="test", pooled=True, lock_timeout_ms=LOCK_TIMEOUT_MS)
@@ -138,10 +140,14 @@ def deployed(cluster: Cluster, folder: Path) -> Iterator[Deployment]:
         with database.statements() as connection:
             dsn = connection.info.dsn
         options = "-c search_path=credits -c timezone=UTC"
-        with psycopg.connect(dsn, autocommit=True, row_factory=dict_row, options=options) as sql:
+        with (
+            psycopg.connect(dsn, autocommit=True, row_factory=dict_row, options=options) as sql,
+            roles.made(sql, "api") as api_role,
+            roles.made(sql, "worker") as worker_role,
+        ):
             redis = launcher.redis()
             env = settings.environment(
-                DATABASE_URL=url,
+                DATABASE_URL=roles.url(url, api_role),
                 REDIS_URL=redis.url,
                 CREDITS_STATE_DIR=str(folder / "state"),
                 ADMIN_TOKEN=ADMIN_TOKEN,
@@ -151,7 +157,8 @@ def deployed(cluster: Cluster, folder: Path) -> Iterator[Deployment]:
                 API_RATE_LIMIT="100000/second",
                 LOG_FORMAT="json",
             )
-            made = Deployment(cluster, database, name, World(database, sql), launcher, redis, env)
+            worker_env = env | {"DATABASE_URL": roles.url(url, worker_role)}
+            made = Deployment(cluster, database, name, World(database, sql), launcher, redis, env, worker_env)
             yield made
             for client in made.clients:
                 client.close()

@@ -163,9 +163,9 @@ WORKER_MAY = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["worker", "read"])
-def test_workers_and_readers_can_do_no_more_than_they_need(world: World, kind: Kind) -> None:
-    may = WORKER_MAY if kind == "worker" else set()
+@pytest.mark.parametrize("kind", ["worker", "api", "read"])
+def test_workers_the_api_and_readers_can_do_no_more_than_they_need(world: World, kind: Kind) -> None:
+    may = WORKER_MAY if kind != "read" else set()
     with roles.made(world.sql, kind) as role, connected(world, role) as connection:
         for statement in [*writes([*LEDGERS, *OTHERS]), *EVERYBODYS_DDL]:
             if not any(statement.startswith(right) for right in may):
@@ -173,7 +173,8 @@ def test_workers_and_readers_can_do_no_more_than_they_need(world: World, kind: K
         denied(connection, "UPDATE users SET external_id = 'eve'")
         denied(connection, "INSERT INTO users (external_id, credit_balance) VALUES ('eve', 0)")
         denied(connection, "DELETE FROM users")
-        denied(connection, "SELECT secret_hash FROM api_keys" if kind == "read" else "SELECT FROM api_keys")
+        if kind != "api":
+            denied(connection, "SELECT secret_hash FROM api_keys" if kind == "read" else "SELECT FROM api_keys")
         denied(connection, "SELECT refresh_due(1)")
         denied(connection, "SELECT refresh_credits_if_due('ada')")
         if kind == "read":
