@@ -280,3 +280,15 @@ def test_users_and_admins_are_not_mixed_up(deployment: Deployment) -> None:
             f"{deployment.api.url}/api/admin/runs", headers=bearer(signed(subject)), timeout=10, trust_env=False
         )
         problem(answer, 403, "forbidden")
+
+
+def test_a_parameter_that_nobody_reads_is_refused(client: httpx.Client, world: World) -> None:
+    """`dryRun` belongs in the body: left unread, it would be a refresh."""
+    user_id = world.user("not-dry")
+    url = "/api/admin/users/not-dry/refresh-credits"
+    said = problem(client.post(url, params={"dryRun": "true"}), 422, "invalid-request")
+    assert said["detail"] == "query.dryRun: is no parameter here; this address knows none"
+    assert world.history(user_id) == []
+    said = problem(client.get("/api/admin/runs", params={"limits": "1"}), 422, "invalid-request")
+    assert "query.limits" in said["detail"]
+    assert "limit" in said["detail"].partition("known are")[2]

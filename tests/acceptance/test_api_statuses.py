@@ -184,6 +184,7 @@ TABLE: dict[str, dict[int, Ask]] = {
 GENERAL = {
     401: Ask(caller="nobody"),
     403: Ask(caller="the wrong one"),
+    422: Ask(query={"nonsense": 1}),
     429: Ask(api="hasty"),
     503: Ask(caller="a key", api="lost"),
 }
