@@ -10,6 +10,7 @@ from api.problems import Problem
 from refresh import replay, runs
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from uuid import UUID
 
     import psycopg
@@ -53,6 +54,20 @@ def in_progress(key: str) -> Problem:
     """The first request with the key is not done."""
     detail = f"the first request with the Idempotency-Key {key!r} is not done"
     return Problem("in-progress", detail, headers={"Retry-After": str(RETRY_SECONDS)})
+
+
+def first_answer(
+    connection: psycopg.Connection[Any], request: runs.Request, facts: Mapping[str, Any], response: Response
+) -> dict[str, Any] | None:
+    """What the request's key was answered before; asked before whatever the request names is looked for.
+
+    Raises:
+        Problem: somebody is at work on a request with the key.
+        KeyReusedError: that was another request.
+    """
+    claim(connection, request.idempotency_key)
+    run = runs.find_opened(connection, request, facts)
+    return replayed(connection, run.run_id, response) if run else None
 
 
 def replayed(connection: psycopg.Connection[Any], run_id: UUID, response: Response) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from api import answers
 from api.callers import Reader, Support
 from api.context import Config, Db, this_request
-from api.keys import IdempotencyKey, claim, in_progress, replayed
+from api.keys import IdempotencyKey, first_answer, in_progress
 from api.opening import request_of
 from api.problems import InvalidRequestError, Problem, documented, not_opened
 from api.schema import Amount, Body, Flag, Moment, Number, Text
@@ -19,6 +19,7 @@ from refresh import replay, runs
 from refresh.at_once import LOCK_ATTEMPTS, do_at_once
 from refresh.history import user_history
 from refresh.import_columns import MAX_KEY_CHARACTERS
+from refresh.selection import Selection
 from refresh.single import open_single, read_single
 from refresh.user_settings import HOLD, UserSettings, change_settings, read_settings
 from refresh.verdict import explain_user
@@ -81,12 +82,12 @@ def refresh_credits(
     request = request_of(config, caller, idempotency_key=idempotency_key, **asked)
     with database.statements() as connection:
         with transaction(connection, lock_timeout=runs.OPENING_LOCK_TIMEOUT):
-            claim(connection, idempotency_key)
+            # The user may have been deleted since.
+            if kept := first_answer(connection, request, Selection(user=user_id).facts(force=request.force), response):
+                return kept
             run = open_single(connection, request, explain_user(connection, user_id))
             if isinstance(run, runs.NotOpened):
                 raise not_opened(run)
-            if run.existing and (kept := replayed(connection, run.run_id, response)):
-                return kept
         # One that is there without an answer is either being done, or whoever opened it has died.
         left = do_at_once(connection, run.run_id, attempts=1 if run.existing else LOCK_ATTEMPTS)
         done = read_single(connection, run, user_id, left)

@@ -157,6 +157,11 @@ def test_the_first_answer_outlives_what_changes(client: httpx.Client, deployment
     world.sql.execute("UPDATE settings SET enabled = false")
     again()
     deployment.rest()
+    again()
+    world.sql.execute("DELETE FROM users WHERE id = %s", (user_id,))
+    again()
+    other = client.post(single("spender"), json={"reason": "other"}, headers={"Idempotency-Key": "spender-1"})
+    problem(other, 422, "idempotency-key-reused")
     assert [row["credits_added"] for row in world.history(user_id)] == [600]
 
 
