@@ -18,7 +18,7 @@ RUNS_SHOWN = 10
 
 _LAST_SUCCESS = """
 SELECT id FROM credit_refresh_runs
-WHERE status = 'succeeded' AND work = 'refresh' AND NOT dry_run
+WHERE status = 'succeeded' AND work = 'refresh' AND NOT dry_run AND NOT selection ? 'user'
 ORDER BY created_at DESC, id DESC LIMIT 1
 """
 
@@ -26,6 +26,8 @@ ORDER BY created_at DESC, id DESC LIMIT 1
 @dataclass(frozen=True, slots=True)
 class ResetStatus:
     """Where things stand at one instant.
+
+    Refreshes of single users, by support or for Stripe, are left out: a few of them would hide that nobody scans.
 
     Attributes:
         runs: the last live refreshes, the newest first.
@@ -55,7 +57,7 @@ class ResetStatus:
 def read_status(connection: psycopg.Connection[Any], *, interval: timedelta, cron: str | None) -> ResetStatus:
     """Where things stand; `interval` and `cron` are the settings' timetable."""
     at, enabled = one(connection.execute("SELECT now(), enabled FROM settings"))
-    found, _more = list_runs(connection, Wanted(kind="refresh", dry_run=False), limit=RUNS_SHOWN)
+    found, _more = list_runs(connection, Wanted(kind="refresh", dry_run=False, of_one=False), limit=RUNS_SHOWN)
     success = connection.execute(_LAST_SUCCESS).fetchone()
     return ResetStatus(
         at=at,

@@ -153,6 +153,7 @@ _LIST = _LINES.format(
     WHERE (%(status)s::text IS NULL OR status = %(status)s) AND (%(kind)s::text IS NULL OR kind = %(kind)s)
         AND (%(source)s::text IS NULL OR source = %(source)s)
         AND (%(dry_run)s::boolean IS NULL OR dry_run = %(dry_run)s)
+        AND (%(of_one)s::boolean IS NULL OR selection ? 'user' = %(of_one)s)
         AND (%(since)s::timestamptz IS NULL OR created_at >= %(since)s)
         AND (
             %(before)s::uuid IS NULL
@@ -171,6 +172,7 @@ class Wanted:
 
     Attributes:
         dry_run: dry runs alone, or live ones alone.
+        of_one: runs that were asked for one user alone, or all others alone.
         since: opened then or later.
         before: older than this run.
     """
@@ -179,6 +181,7 @@ class Wanted:
     kind: str | None = None
     source: str | None = None
     dry_run: bool | None = None
+    of_one: bool | None = None
     since: datetime | None = None
     before: UUID | None = None
 
@@ -190,6 +193,7 @@ def list_runs(connection: psycopg.Connection[Any], wanted: Wanted, *, limit: int
         "kind": wanted.kind,
         "source": wanted.source,
         "dry_run": wanted.dry_run,
+        "of_one": wanted.of_one,
         "since": wanted.since,
         "before": wanted.before,
         "limit": limit + 1,

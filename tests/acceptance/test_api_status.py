@@ -43,6 +43,18 @@ def test_nobody_is_alive(client: httpx.Client, world: World) -> None:
     assert (status(client)["paused"], status(client)["beatAlive"]) == (True, None)
 
 
+def test_single_refreshes_do_not_hide_the_periodic_ones(client: httpx.Client, world: World) -> None:
+    world.user("periodic")
+    scanned = world.scan()
+    world.work(world.claim(scanned))
+    for number in range(12):
+        world.user(f"by-support-{number}")
+        assert client.post(f"/api/admin/users/by-support-{number}/refresh-credits").json()["outcome"] == "refreshed"
+    said = status(client)
+    assert [run["runId"] for run in said["history"]] == [str(scanned.run_id)]
+    assert said["lastRun"]["runId"] == said["lastSuccess"]["runId"] == str(scanned.run_id)
+
+
 def test_a_broker_that_is_away(deployment: Deployment) -> None:
     api = deployment.launcher.api({**deployment.env, "REDIS_URL": "redis://127.0.0.1:1/0"})
     said = status(deployment.client(api=api))
