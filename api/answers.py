@@ -317,6 +317,7 @@ class Reset(Answer):
 
     success: bool
     reset_count: int = Field(description="Users whom the run is for; workers refresh them.")
+    date: str = Field(description="The day of the call, in UTC; of one that is answered again, that of the first.")
     run: Opened | None = Field(description="Null when nobody was due: no run was opened.")
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from api.examples import EXAMPLES
+from api.keys import REQUIRED
 from api.problems import ProblemAnswer
 
 JSON = "application/json"
@@ -35,7 +36,7 @@ def _illustrate(operation: dict[str, Any]) -> None:
         del operation["responses"]["422"]  # FastAPI's own: what is invalid is a problem, where it is documented
     for parameter in operation.get("parameters", ()):
         if parameter["name"] == "Idempotency-Key":
-            parameter["required"] = "400" in operation["responses"]
+            parameter["required"] = parameter["description"] == REQUIRED
     contents = [answer.get("content", {}) for answer in operation["responses"].values()]
     contents.append(operation.get("requestBody", {}).get("content", {}))
     for content in contents:

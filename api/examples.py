@@ -276,7 +276,12 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         "usersFailed": 0,
         "creditsGranted": 190400,
     },
-    "Reset": {"success": True, "resetCount": 1200, "run": {**_OPENED, "source": "cron", "requestedBy": "api:cron"}},
+    "Reset": {
+        "success": True,
+        "resetCount": 1200,
+        "date": "2026-11-21",
+        "run": {**_OPENED, "source": "cron", "requestedBy": "api:cron"},
+    },
     "ResetStatus": {
         "at": _AT,
         "paused": False,

@@ -18,23 +18,33 @@ if TYPE_CHECKING:
 KEY_MAX = 255
 RETRY_SECONDS = 1
 
-IdempotencyKey = Annotated[
-    str | None,
-    Header(
-        alias="Idempotency-Key",
-        min_length=1,
-        max_length=KEY_MAX,
-        pattern=r"^[\x21-\x7e]+$",
-        description="Any text that is this request's own. Sent again, it gets the first answer, and nothing happens "
-        "twice.",
-    ),
-]
+DESCRIPTION = "Any text that is this request's own. Sent again, it gets the first answer, and nothing happens twice."
+REQUIRED = f"{DESCRIPTION} Without it the request is refused."
+"""The document tells by it where the header is required, which is asked here, and not by the framework."""
 
 
-def _given(idempotency_key: IdempotencyKey = None) -> str:
-    if idempotency_key is None:
+def _header(description: str) -> Any:
+    return Header(
+        alias="Idempotency-Key", min_length=1, max_length=KEY_MAX, pattern=r"^[\x21-\x7e]+$", description=description
+    )
+
+
+IdempotencyKey = Annotated[str | None, _header(DESCRIPTION)]
+
+
+def require(key: str | None) -> str:
+    """The key.
+
+    Raises:
+        Problem: there is none.
+    """
+    if key is None:
         raise Problem("idempotency-key-missing", "send an Idempotency-Key: any text that is this request's own")
-    return idempotency_key
+    return key
+
+
+def _given(idempotency_key: Annotated[str | None, _header(REQUIRED)] = None) -> str:
+    return require(idempotency_key)
 
 
 RequiredKey = Annotated[str, Depends(_given)]

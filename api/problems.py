@@ -79,7 +79,12 @@ KINDS = {
     ),
     "too-large": Kind(413, "Too large", "The request's body is larger than this address takes."),
     "too-many-requests": Kind(429, "Too many requests", "More than the rate allows; `Retry-After` says when to go on."),
-    "unavailable": Kind(503, "Unavailable", "The database or another server does not answer. It is safe to ask again."),
+    "unavailable": Kind(
+        503,
+        "Unavailable",
+        "The database or another server does not answer. Ask again; where credits move, with the same Idempotency-Key: "
+        "the first request may have been carried out.",
+    ),
     "internal": Kind(
         500, "Internal error", "A defect of the service; its log has the details under the correlation id."
     ),
@@ -269,7 +274,7 @@ async def _answer_http(request: Request, error: Exception) -> Response:
 
 async def _answer_unavailable(request: Request, error: Exception) -> JSONResponse:
     log.warning("A request could not be answered", error=one_line(error))
-    detail = "the database does not answer, or has a row of the request locked"
+    detail = "the database does not answer, or has a row of the request locked: ask again, with the same key"
     return _answer(request, "unavailable", detail, headers={"Retry-After": str(RETRY_SECONDS)})
 
 

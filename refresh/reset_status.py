@@ -54,6 +54,11 @@ class ResetStatus:
         }
 
 
+def read_date(connection: psycopg.Connection[Any]) -> str:
+    """Today, in UTC."""
+    return str(one(connection.execute("SELECT (now() AT TIME ZONE 'UTC')::date"))[0])
+
+
 def read_status(connection: psycopg.Connection[Any], *, interval: timedelta, cron: str | None) -> ResetStatus:
     """Where things stand; `interval` and `cron` are the settings' timetable."""
     at, enabled = one(connection.execute("SELECT now(), enabled FROM settings"))

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     import psycopg
 
 SCHEDULED = "scheduled"
-"""The reason that beat's runs carry. The unique index over planned windows names it (models/history.py)."""
+"""The reason that runs of beat and of cron services carry. The unique index over planned windows names it
+(models/history.py): however often they come, a window is planned once by dry ones."""
 
 OPENING_LOCK_TIMEOUT = timedelta(minutes=5)
 """How long one opening waits for another. Cutting a million users into batches takes about a second."""
@@ -351,7 +352,8 @@ def _chosen(request: Request, asked: Selection | None) -> Chosen:
     wanted = asked or Selection()
     taken = selection.NOBODY if request.dry_run else selection.TAKEN
     if asked is None and not request.force:
-        text = selection.DUE.format(taken=selection.PLANNED if request.dry_run and request.slot else taken)
+        again = request.dry_run and request.reason == SCHEDULED
+        text = selection.DUE.format(taken=selection.PLANNED if again else taken)
     else:
         matching = selection.MATCHING_LISTED if wanted.listed else selection.MATCHING
         text = selection.ASKED.format(taken=taken, matching=matching)

@@ -78,7 +78,7 @@ SELECT unnest(b.user_ids) AS user_id
 FROM credit_refresh_batches AS b JOIN credit_refresh_runs AS r ON r.id = b.run_id
 WHERE b.status = 'pending' AND r.status = 'running' AND NOT r.dry_run AND r.work <> 'regrid'
 """
-# Beat's dry runs meet the same due users each hour and plan each window once.
+# Scheduled dry runs meet the same due users each time and plan each window once.
 PLANNED = """
 SELECT h.user_id
 FROM credit_refresh_histories AS h JOIN users AS u ON u.id = h.user_id

@@ -46,9 +46,11 @@ class TestTheCronJob:
         assert all(one["success"] for one in said)
         assert sorted(one["resetCount"] for one in said) == [0] * 9 + [120]
         (run,) = [one["run"] for one in said if one["run"]]
-        assert (run["source"], run["requestedBy"], run["reason"]) == ("cron", "api:cron", "cron")
+        assert (run["source"], run["requestedBy"], run["reason"]) == ("cron", "api:cron", "scheduled")
         deployment.ended(run["runId"])
-        assert cron.request(method, CRON).json() == {"success": True, "resetCount": 0, "run": None}
+        today = str(world.value("SELECT (now() AT TIME ZONE 'UTC')::date"))
+        assert {one["date"] for one in said} <= {today, run["createdAt"][:10]}
+        assert cron.request(method, CRON).json() == {"success": True, "resetCount": 0, "date": today, "run": None}
         for user_id in ids:
             assert [(row["status"], row["credits_added"]) for row in world.history(user_id)] == [("refreshed", 600)]
 
@@ -58,6 +60,16 @@ class TestTheCronJob:
         assert (answer.headers["cache-control"], answer.json()["resetCount"]) == ("no-store", 1)
         assert answer.headers["location"] == f"/api/admin/runs/{answer.json()['run']['runId']}"
         assert "retry-after" not in answer.headers
+
+    def test_dry_runs_plan_a_window_once(self, deployment: Deployment, cron: httpx.Client, world: World) -> None:
+        """While every run is a dry one nobody ceases to be due, and a call comes every minute."""
+        user_id = world.user("dry-cron")
+        world.sql.execute("UPDATE settings SET dry_run = true")
+        said = cron.post(CRON).json()
+        assert (said["resetCount"], said["run"]["dryRun"]) == (1, True)
+        deployment.ended(said["run"]["runId"])
+        assert [cron.request(method, CRON).json()["resetCount"] for method in ("GET", "POST", "GET")] == [0, 0, 0]
+        assert [row["status"] for row in world.history(user_id)] == ["planned"]
 
     def test_while_paused(self, cron: httpx.Client, world: World) -> None:
         user_id = world.user("paused")
@@ -72,7 +84,8 @@ class TestTheManualReset:
 
     def test_without_need_nothing_happens(self, client: httpx.Client, world: World) -> None:
         user_id = world.user("not-due", due_in="3 days")
-        assert client.post(MANUAL).json() == {"success": True, "resetCount": 0, "run": None}
+        said = client.post(MANUAL).json()
+        assert (said["success"], said["resetCount"], said["run"]) == (True, 0, None)
         assert world.history(user_id) == []
 
     def test_who_is_due_is_refreshed(self, deployment: Deployment, client: httpx.Client, world: World) -> None:
@@ -89,6 +102,12 @@ class TestTheManualReset:
         deployment.ended(run["runId"])
         assert [[row["status"] for row in world.history(user_id)] for user_id in ids] == [["refreshed"]] * 3
         assert "refreshed" not in {row["status"] for row in world.history(held)}
+
+    def test_bypass_needs_a_key(self, client: httpx.Client, world: World) -> None:
+        """Sent twice, as by a proxy that heard no answer, it would grant everybody twice."""
+        user_id = world.user("bypass-keyless", due_in="3 days")
+        problem(client.post(MANUAL, json={"bypass": True}), 400, "idempotency-key-missing")
+        assert world.history(user_id) == []
 
     def test_a_dry_run(self, deployment: Deployment, client: httpx.Client, world: World) -> None:
         user_id = world.user("manual-dry")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +62,25 @@ def test_a_broker_that_is_away(deployment: Deployment) -> None:
     api = deployment.launcher.api({**deployment.env, "REDIS_URL": "redis://127.0.0.1:1/0"})
     said = status(deployment.client(api=api))
     assert (said["workersAlive"], said["workers"]) == (False, [])
+
+
+def test_a_broker_that_hangs_holds_up_nobody(deployment: Deployment, client: httpx.Client, world: World) -> None:
+    """Asked by more at once than there are threads for requests."""
+    world.user("meanwhile")
+    deployment.redis.kill(signal.SIGSTOP)
+    try:
+        with ThreadPoolExecutor(20) as pool:
+            asked = [pool.submit(status, deployment.client()) for _ in range(20)]
+            while not any(answer.done() for answer in asked):
+                verdict = client.get("/api/admin/users/meanwhile/refresh-verdict")
+                assert (verdict.status_code, verdict.elapsed.total_seconds() < 4) == (200, True)
+            said = [answer.result() for answer in asked]
+    finally:
+        deployment.redis.kill(signal.SIGCONT)
+    assert {(one["workersAlive"], one["lastRun"] is not None) for one in said} <= {(False, True), (False, False)}
+    began = time.monotonic()
+    assert status(client)["workersAlive"] is False  # nobody works here, and that is known in time
+    assert time.monotonic() - began < 4
 
 
 def test_a_timetable(deployment: Deployment) -> None:

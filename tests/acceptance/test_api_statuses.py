@@ -149,7 +149,9 @@ TABLE: dict[str, dict[int, Ask]] = {
     "POST /api/admin/runs/{runId}/cancel": {404: NO_SUCH_RUN, 409: Ask(prepare=of_run("dry")), 422: BAD_RUN},
     "GET /api/admin/reset-monthly-tokens": {409: PAUSED},
     "POST /api/admin/reset-monthly-tokens": {409: PAUSED},
-    "POST /api/reset/manual": {409: PAUSED, 422: Ask(json={"bypass": "yes"})},
+    "POST /api/reset/manual": {
+        400: Ask(json={"bypass": True}, headers=KEYLESS.headers), 409: PAUSED, 422: Ask(json={"bypass": "yes"}),
+    },
     "GET /api/reset/status": {},
     "GET /api/user/credits/next-refresh": {404: Ask(caller="a stranger")},
     "GET /api/user/credits/refresh-history": {404: Ask(caller="a stranger"), 422: BAD_LIMIT},
