@@ -204,6 +204,13 @@ class Opened(Run):
     existing: bool = Field(description="The Idempotency-Key had opened it before.")
 
 
+class BulkOpened(Opened):
+    """A run over many users that a request has opened."""
+
+    unknown_users: int = Field(0, description="Of the `userIds`, those that are nobody's.")
+    unknown_sample: list[str] = Field([], description="The first few of them.")
+
+
 class RunPage(Answer):
     """Runs, the newest first."""
 

@@ -224,6 +224,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "OwnHistoryPage": {"entries": [_DECISION], "next": None},
     # --- runs
     "Opened": _OPENED,
+    "BulkOpened": {**_OPENED, "unknownUsers": 1, "unknownSample": ["user-4Z"]},
     "RunPage": {"runs": [_RUN], "next": _RUN_ID},
     "RunDetail": {
         **_RUN,

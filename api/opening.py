@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import psycopg
@@ -39,8 +39,14 @@ def request_of(
     return runs.Request(source, caller.name, size, correlation_id=this_request(), **asked)
 
 
-def open_and_publish(
-    database: Database, config: Settings, key: str | None, opens: Opens, response: Response
+def open_and_publish(  # noqa: PLR0913 - the request, its answer, and what is between them
+    database: Database,
+    config: Settings,
+    key: str | None,
+    opens: Opens,
+    response: Response,
+    *,
+    also: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Open a run, keep the answer with it in one transaction, publish it.
 
@@ -50,6 +56,7 @@ def open_and_publish(
         key: of the request.
         opens: opens it, in the transaction.
         response: gets the headers.
+        also: what the answer says besides, as `opens` leaves it.
 
     Raises:
         Problem: nothing is granted at present, or somebody is at work on the key.
@@ -63,7 +70,7 @@ def open_and_publish(
         accepted(response, run)
         if run.existing and (kept := replayed(connection, run.run_id, response)):
             return kept
-        answer = {**read_line(connection, run.run_id).facts(), "existing": run.existing}
+        answer = {**read_line(connection, run.run_id).facts(), "existing": run.existing, **(also or {})}
         answer = replay.keep_answer(connection, run.run_id, answer)
     if not run.existing:
         publish_batches(database, max_attempts=config.credit_refresh_max_attempts, run_id=run.run_id)

@@ -105,7 +105,7 @@ class _Ids:
 @router.post(
     PATH,
     status_code=202,
-    response_model=answers.Opened,
+    response_model=answers.BulkOpened,
     summary="Refresh many users",
     responses=documented(
         "idempotency-key-missing", "idempotency-key-reused", "in-progress", "paused", "refused", "invalid-request"
@@ -117,17 +117,21 @@ def bulk_refresh(
     """Whom the run is for is decided now; workers do it, and each batch decides again over each of its users.
 
     `Location` is where the run is, and `…/events` tells how far it has come. Nobody is refreshed who is held, inactive
-    or without a plan. To see beforehand what would happen: `dryRun`, then `POST …/runs/{runId}/apply`.
+    or without a plan; `unknownUsers` says how many of the `userIds` are nobody's. To see beforehand what would happen:
+    `dryRun`, then `POST …/runs/{runId}/apply`.
     """
     how = {"force", "keep_window", "amount", "dry_run", "as_of", "atomic", "max_users_per_second", "reason"}
     request = request_of(config, caller, idempotency_key=key, **body.model_dump(include=how))
+    unknown: dict[str, Any] = {"unknownUsers": 0, "unknownSample": []}
 
     def opens(connection: psycopg.Connection[Any]) -> runs.Opened | runs.NotOpened:
         wanted = body.selection()
         if wanted.plan is not None:
             check_plan(connection, wanted.plan)
         if body.user_ids is not None:
-            wanted = replace(wanted, listed=load_users(connection, _Ids(body.user_ids)).content())
+            listed = load_users(connection, _Ids(body.user_ids))
+            unknown.update(unknownUsers=listed.unknown, unknownSample=listed.sample)
+            wanted = replace(wanted, listed=listed.content())
         return runs.open_run(connection, request, wanted)
 
-    return open_and_publish(database, config, key, opens, response)
+    return open_and_publish(database, config, key, opens, response, also=unknown)

@@ -149,6 +149,16 @@ def test_what_cannot_be_done_is_refused(client: httpx.Client, world: World, body
     assert world.value("SELECT count(*) FROM credit_refresh_runs") == runs
 
 
+def test_ids_that_are_nobodys_are_told(client: httpx.Client, world: World) -> None:
+    """A slip in an id would otherwise be a user who is silently left out; the first answer says it again."""
+    world.user("spelled")
+    key, body = fresh_key(), {"userIds": ["spelled", "mispelled", "nobody"]}
+    answers = [client.post("/api/admin/credits/bulk-refresh", json=body, headers=key) for _ in range(2)]
+    for said in (answer.json() for answer in answers):
+        assert (said["usersSelected"], said["unknownUsers"]) == (1, 2)
+        assert said["unknownSample"] == ["mispelled", "nobody"]
+
+
 def test_a_hundred_thousand_ids_fit_into_a_request(client: httpx.Client, world: World) -> None:
     world.user("one-of-many")
     ids = [f"user-of-the-app-with-a-long-id-{number:030}" for number in range(99_999)]
