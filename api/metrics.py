@@ -77,8 +77,8 @@ def _now(snapshot: Snapshot) -> Iterator[Metric]:
     )
     yield _gauge(
         "credits_users_waiting",
-        f"Users whose date has passed, up to {USERS_MAX}: the due, and those of no plan that grants. At {USERS_MAX} the "
-        "two above see no further.",
+        f"Users whose date has passed, up to {USERS_MAX}: the due, and those of no plan that grants. At {USERS_MAX} "
+        "the two above see no further.",
         snapshot.users_waiting,
     )
     for name, text, at in (

@@ -87,7 +87,7 @@ def test_the_due_are_counted_up_to_a_bound(world: World, monkeypatch: pytest.Mon
 
 
 def test_whoever_hides_the_due_shows(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Users without a plan have waited for longer, and nobody looks past the bound: not "nobody is due", and silence."""
+    """Users without a plan have waited for longer, and nobody looks past the bound: that nobody is due is not known."""
     monkeypatch.setattr(metrics, "USERS_MAX", 3)
     for number in range(3):
         world.user(f"without a plan {number}", plan_code=None, due_in="-2 hours")
