@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
 import psutil
 import pytest
 from psycopg.sql import SQL, Identifier
@@ -19,7 +18,7 @@ import settings
 from celeryconfig import TaskNames
 from cli import main
 from tests.acceptance.nodes import LocalRedis, celery
-from tests.integration.command import CREDITS
+from tests.integration.command import CREDITS, names_of
 from tests.integration.test_isolation import RAISES, TRIGGER
 from tests.integration.test_text_fields_cli import Commands, in_process
 
@@ -104,16 +103,6 @@ def said_by(commands: Commands, command: list[str]) -> str:
     """What a command writes, called in this process: most of its time is otherwise the start of Python."""
     said = commands(*command)
     return f"{command} ({said.code})\n{said.out}{said.err}"
-
-
-def names_of(group: click.Group, *above: str) -> Iterator[tuple[str, ...]]:
-    context = click.Context(group)
-    for name in group.list_commands(context):
-        command = group.get_command(context, name)
-        if isinstance(command, click.Group):
-            yield from names_of(command, *above, name)
-        else:
-            yield (*above, name)
 
 
 def test_no_command_is_left_out() -> None:
