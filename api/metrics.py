@@ -75,6 +75,12 @@ def _now(snapshot: Snapshot) -> Iterator[Metric]:
         "Seconds since the first of these users fell due, 0 where nobody is due. The scan's interval is usual.",
         _age(snapshot, snapshot.due_since),
     )
+    yield _gauge(
+        "credits_users_waiting",
+        f"Users whose date has passed, up to {USERS_MAX}: the due, and those of no plan that grants. At {USERS_MAX} "
+        "the two above see no further.",
+        snapshot.users_waiting,
+    )
     for name, text, at in (
         ("scan", "beat's last scan opened its run", snapshot.last_scan_at),
         ("successful_scan", "the last of beat's runs ended that failed for nobody", snapshot.last_success_at),

@@ -18,6 +18,7 @@ from pydantic import Field
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from starlette.exceptions import HTTPException
 
+from api.answers import Verdict
 from api.schema import Answer, to_wire
 from db import DatabaseError, one_line
 from refresh.errors import KeyReusedError, NotFoundError, RefusedError
@@ -212,7 +213,7 @@ async def _answer_problem(request: Request, error: Exception) -> JSONResponse:
 
 async def _answer_refused(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, NotGrantedError):
-        more = {"outcome": error.outcome, "verdict": error.verdict.facts()}
+        more = {"outcome": error.outcome, "verdict": Verdict.wire(error.verdict.facts())}
         return _answer(request, "not-granted", str(error), more=more)
     slugs: dict[type[Exception], str] = {
         NotFoundError: "not-found",

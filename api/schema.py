@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import (
     AfterValidator,
@@ -23,6 +23,9 @@ from pydantic import (
     WithJsonSchema,
 )
 from pydantic.alias_generators import to_camel
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 SAFE_INTEGER = 2**53 - 1
 BIGINT_MAX = 2**63 - 1
@@ -134,3 +137,8 @@ class Answer(BaseModel):
     """What a client gets: camelCase."""
 
     model_config = ConfigDict(alias_generator=to_camel, validate_by_name=True, validate_by_alias=True)
+
+    @classmethod
+    def wire(cls, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """The facts as a route with this answer writes them, for what is sent in another way."""
+        return cls.model_validate(facts).model_dump(mode="json", by_alias=True)

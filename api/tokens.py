@@ -11,9 +11,12 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import jwt
+import structlog
 
 if TYPE_CHECKING:
     from settings import Settings
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger("credits.api")
 
 LEEWAY_SECONDS = 30
 """How far the signer's clock may be from ours."""
@@ -33,6 +36,10 @@ _ALGORITHMS = (
 
 class JwksUnavailableError(RuntimeError):
     """The keys cannot be had, so nobody knows whether a token is good. The text is one line and holds no token."""
+
+
+class NoSignerError(jwt.InvalidTokenError):
+    """Neither JWT_SECRET nor JWKS_URL is set."""
 
 
 class Tokens:
@@ -61,8 +68,12 @@ class Tokens:
             subject = self._claims(token).get("sub")
             # What PostgreSQL cannot store is nobody's id.
             valid = isinstance(subject, str) and subject.strip() and "\0" not in subject and subject.encode()
-        except (jwt.PyJWTError, ValueError, RecursionError):  # the latter two: what its parsers let through
+        except (jwt.PyJWTError, ValueError, RecursionError) as error:  # the latter two: what its parsers let through
+            # For whoever sets the signer up. Its name alone: texts may repeat what the token holds.
+            log.info("A user's token is not valid", because=type(error).__name__)
             return None
+        if not valid:
+            log.info("A user's token is not valid", because="its subject is no user's id")
         return subject if valid else None
 
     def _claims(self, token: str) -> dict[str, Any]:
@@ -74,12 +85,12 @@ class Tokens:
             header = jwt.get_unverified_header(token)
             # Asked first: a token that cannot be good is not worth a fetch.
             if header.get("alg") not in _ALGORITHMS or not header.get("kid"):
-                return {}
+                raise jwt.InvalidAlgorithmError
             key = self._keys.get_signing_key(header["kid"])
             # PyJWT checks with the key's own algorithm and refuses a token that names another one.
             algorithms = _ALGORITHMS
         else:
-            return {}
+            raise NoSignerError
         return jwt.decode(
             token,
             key,

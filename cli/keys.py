@@ -80,7 +80,7 @@ def list_(*, as_json: bool) -> None:
     if as_json:
         answer("", {"keys": [key.facts() for key in found]}, as_json=True)
     elif found:
-        out.print(table("Keys", [_row(key) for key in found]))
+        out.print(table("Keys", [_row(key) for key in found], whole="key"))
     else:
         out.print("There are no keys yet.")
 

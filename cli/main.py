@@ -33,7 +33,7 @@ _COMMANDS = {
     "runs": ("cli.runs", "List, show and watch runs; apply, roll back, retry and cancel them."),
     "scan": ("cli.scan", "Find all due users and have the workers refresh them."),
     "stats": ("cli.stats", "Show how runs went: success, durations, failures by cause."),
-    "up": ("cli.up", "Run workers, beat and Flower until Ctrl-C."),
+    "up": ("cli.up", "Run workers, beat, the HTTP API and Flower until Ctrl-C."),
     "users": ("cli.users", "Import users, show one, give dates to those who have none."),
     "verify": ("cli.verify", "Check that the books are right."),
     "webhooks": ("cli.webhooks", "Look at Stripe's events; tell others what happens here."),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.box import SIMPLE_HEAD
@@ -24,6 +24,9 @@ from rich.table import Table
 from rich.text import Text
 
 import settings
+
+if TYPE_CHECKING:
+    from rich.console import JustifyMethod
 
 # NO_COLOR in Rich still prints bold and dim; people who set it want neither.
 _PLAIN = "NO_COLOR" in settings.environment()
@@ -64,11 +67,18 @@ def progress(*, in_bytes: bool = False) -> Progress:
     )
 
 
-def table(title: str, rows: list[dict[str, Any]]) -> Table:
-    """A table of rows whose keys are its headings."""
+def table(title: str, rows: list[dict[str, Any]], *, whole: str | None = None) -> Table:
+    """A table of rows whose keys are its headings.
+
+    Args:
+        title: above it.
+        rows: all with the same keys.
+        whole: the heading of what people copy into another command: it is not folded for the others' sake.
+    """
     drawn = _titled(title)
     for heading, value in rows[0].items() if rows else ():
-        drawn.add_column(heading, justify="right" if isinstance(value, int) else "left", overflow="fold")
+        side: JustifyMethod = "right" if isinstance(value, int) else "left"
+        drawn.add_column(heading, justify=side, overflow="fold", no_wrap=heading == whole)
     for row in rows:
         drawn.add_row(*("" if value is None else _text(value) for value in row.values()))
     return drawn

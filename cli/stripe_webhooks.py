@@ -69,7 +69,7 @@ def list_(*, limit: int, as_json: bool, **filters: Any) -> None:
         out.print("There are no such events." if any(filters.values()) else "Stripe has sent no events yet.")
         return
     row = _wide if out.width >= WIDE_COLUMNS else _narrow
-    out.print(table("Stripe's events", [row(event) for event in found]))
+    out.print(table("Stripe's events", [row(event) for event in found], whole="event"))
     if more:
         err.print(f"There are more than {limit:,}: --limit shows them.")
 

@@ -19,6 +19,9 @@ from refresh.webhook_targets import check_target
 if TYPE_CHECKING:
     from cli.session import Session
 
+WIDE_COLUMNS = 130
+"""A narrower terminal shows the columns that matter most; the id is 36 wide."""
+
 endpoint_argument = click.argument("endpoint", metavar="ENDPOINT", type=click.UUID)
 
 
@@ -109,7 +112,8 @@ def list_(*, as_json: bool) -> None:
     if as_json:
         answer("", {"endpoints": [endpoint.facts() for endpoint in found]}, as_json=True)
     elif found:
-        out.print(table("Webhook endpoints", [_row(endpoint) for endpoint in found]))
+        wide = out.width >= WIDE_COLUMNS
+        out.print(table("Webhook endpoints", [_row(endpoint, wide=wide) for endpoint in found], whole="endpoint"))
     else:
         out.print("There are no webhook endpoints.")
 
@@ -168,15 +172,9 @@ def _told(endpoint: domain.Endpoint) -> str:
     return ", ".join(told)
 
 
-def _row(endpoint: domain.Endpoint) -> dict[str, Any]:
+def _row(endpoint: domain.Endpoint, *, wide: bool) -> dict[str, Any]:
     state = "active" if endpoint.active else f"off ({endpoint.inactive_reason})" if endpoint.inactive_reason else "off"
     if endpoint.active and endpoint.failures:
         state = f"failing ({endpoint.failures})"
-    return {
-        "endpoint": str(endpoint.id),
-        "url": endpoint.shown_url,
-        "format": endpoint.format,
-        "told of": _told(endpoint),
-        "state": state,
-        "description": endpoint.description,
-    }
+    row = {"endpoint": str(endpoint.id), "url": endpoint.shown_url, "told of": _told(endpoint), "state": state}
+    return row | ({"format": endpoint.format, "description": endpoint.description} if wide else {})

@@ -110,6 +110,7 @@ class Snapshot:
         last_success_at: when the last one ended that succeeded for all of its users.
         users_due: up to `USERS_MAX`.
         due_since: since when the longest of them is; None where nobody is.
+        users_waiting: whose date has passed, due or of no plan that grants; up to `USERS_MAX`.
         pending: by queue.
         ended: since ever.
         batch_seconds: the median, the 95th percentile and the longest, of a sample of the last run of several users;
@@ -123,6 +124,7 @@ class Snapshot:
     last_success_at: datetime | None
     users_due: int
     due_since: datetime | None
+    users_waiting: int
     pending: tuple[Pending, Pending]
     ended: Mapping[Which, Ended]
     batch_seconds: tuple[float, float, float] | None
@@ -149,12 +151,18 @@ SELECT
 FROM settings AS s
 """
 
-# The limit comes first: users without a plan, who are never due, would be walked over without an end.
+# The limit comes first: users without a plan, who are never due, would be walked over without an end. So enough of them
+# hide who is due; how many were looked at says so.
 _DUE = """
-SELECT count(*), min(u.wake_at)
-FROM (SELECT wake_at, plan_code FROM users WHERE wake_at <= now() ORDER BY wake_at LIMIT %(limit)s) AS u
-JOIN plans AS p ON p.code = u.plan_code
-WHERE p.active AND p.cadence <> 'external'
+SELECT
+    coalesce(sum(u.users) FILTER (WHERE p.code IS NOT NULL), 0)::bigint, min(u.since) FILTER (WHERE p.code IS NOT NULL),
+    coalesce(sum(u.users), 0)::bigint
+FROM (
+    SELECT w.plan_code, count(*) AS users, min(w.wake_at) AS since
+    FROM (SELECT plan_code, wake_at FROM users WHERE wake_at <= now() ORDER BY wake_at LIMIT %(limit)s) AS w
+    GROUP BY 1
+) AS u
+LEFT JOIN plans AS p ON p.code = u.plan_code AND p.active AND p.cadence <> 'external'
 """
 
 # A batch in its backoff has no message.
@@ -247,7 +255,7 @@ class Reader:
         """The same in a transaction that sees one snapshot; nobody else looks meanwhile."""
         connection.execute(_BY_INDEX, {"timeout": f"{TIMEOUT // timedelta(milliseconds=1)}ms"})
         at, enabled, all_dry, last_scan_at, last_success_at = one(connection.execute(_SITUATION))
-        users_due, due_since = one(connection.execute(_DUE, {"limit": USERS_MAX}))
+        users_due, due_since, users_waiting = one(connection.execute(_DUE, {"limit": USERS_MAX}))
         return Snapshot(
             at=at,
             enabled=enabled,
@@ -256,6 +264,7 @@ class Reader:
             last_success_at=last_success_at,
             users_due=users_due,
             due_since=due_since,
+            users_waiting=users_waiting,
             pending=_pending(connection),
             ended=self._ended(connection, at),
             batch_seconds=_sample(connection),

@@ -19,7 +19,7 @@ from api.callers import Reader
 from api.context import Db
 from api.examples import EVENTS_EXAMPLE
 from api.problems import documented
-from api.schema import Moment, to_wire
+from api.schema import Moment
 from db import DatabaseError, one_line
 from refresh.run_detail import read_run
 from refresh.run_list import Wanted, list_runs, read_line
@@ -115,7 +115,7 @@ async def run_events(
         if state != seen:
             seen = state
             event = "end" if _ended(line) else "progress"
-            yield ServerSentEvent(data=to_wire(line.facts()), event=event, id=state, retry=RECONNECT_MS)
+            yield ServerSentEvent(data=answers.Run.wire(line.facts()), event=event, id=state, retry=RECONNECT_MS)
         if _ended(line):
             return
         await anyio.sleep(POLL_SECONDS)

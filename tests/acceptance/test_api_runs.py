@@ -165,6 +165,7 @@ def test_a_run_is_followed_to_its_end(client: httpx.Client, world: World) -> Non
     assert [run["usersDone"] for run in told] == [0, 1, 2, 3]
     assert [run["status"] for run in told] == ["running"] * 3 + ["succeeded"]
     assert told[-1]["creditsGranted"] == 3 * 600
+    assert told[-1] == client.get(RUNS).json()["runs"][0]  # to the letter: instants, too
     assert events.connections == 1
     assert {event["retry"] for event in events.seen} == {"1000"}
     # A browser comes back after the end: 204 is what makes it stay away.

@@ -88,7 +88,9 @@ def test_who_is_not_granted_is_told_why(
     said = problem(answer, 409, "not-granted")
     assert (said["outcome"], said["verdict"]["verdict"], said["verdict"]["userId"]) == (outcome, outcome, name)
     assert world.history(user_id) == []
-    assert said["verdict"].keys() == about(client, name, "verdict").keys()
+    asked = about(client, name, "verdict")
+    assert {**said["verdict"], "at": asked["at"]} == asked
+    assert said["verdict"]["at"].endswith("Z")
 
 
 def test_a_user_who_would_overflow_is_refused(client: httpx.Client, world: World) -> None:

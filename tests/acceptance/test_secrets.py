@@ -16,8 +16,9 @@ from sqlalchemy import make_url
 
 import settings
 from celeryconfig import TaskNames
+from cli import main
 from tests.acceptance.nodes import LocalRedis, celery
-from tests.integration.command import CREDITS
+from tests.integration.command import CREDITS, names_of
 from tests.integration.test_isolation import RAISES, TRIGGER
 from tests.integration.test_text_fields_cli import Commands, in_process
 
@@ -48,9 +49,16 @@ COMMANDS: list[list[str]] = [
     ["plans", "preview", "free"], ["plans", "set", "free", "--amount", "5", "--yes"], ["refresh", "x", "--reason", "x"],
     ["release", "x"], ["resume"], ["retention", "--yes"], ["runs", "list"], ["runs", "show", RUN],
     ["runs", "apply", RUN, "--yes"], ["runs", "rollback", RUN, "--yes", "--reason", "x"],
-    ["runs", "retry", RUN, "--yes"], ["runs", "cancel", RUN, "--yes"], ["scan"], ["stats"], ["up"],
-    ["users", "import", os.devnull], ["users", "show", "x"], ["users", "stagger", "--yes"], ["verify"], ["why", "x"],
+    ["runs", "retry", RUN, "--yes"], ["runs", "cancel", RUN, "--yes"], ["runs", "watch", RUN], ["scan"], ["stats"],
+    ["up"], ["users", "import", os.devnull], ["users", "show", "x"], ["users", "stagger", "--yes"], ["verify"],
+    ["webhooks", "deliveries", "list"], ["webhooks", "deliveries", "retry", "1"],
+    ["webhooks", "endpoints", "add", "https://1.1.1.1/hooks"], ["webhooks", "endpoints", "list"],
+    ["webhooks", "endpoints", "remove", RUN, "--yes"], ["webhooks", "endpoints", "test", RUN],
+    ["webhooks", "link", "cus_x", "x"], ["webhooks", "list"], ["webhooks", "replay", "--yes"],
+    ["webhooks", "show", "evt_x"], ["why", "x"],
 ]  # fmt: skip
+ALONE = {("demo",)}
+"""It starts servers of its own, and is given none of the secrets that are looked for here."""
 PROCESSES = [celery("worker"), celery("beat")]
 FEW = [[str(CREDITS), "doctor"], *PROCESSES]
 NOBODY = "127.0.0.1:1"
@@ -95,6 +103,12 @@ def said_by(commands: Commands, command: list[str]) -> str:
     """What a command writes, called in this process: most of its time is otherwise the start of Python."""
     said = commands(*command)
     return f"{command} ({said.code})\n{said.out}{said.err}"
+
+
+def test_no_command_is_left_out() -> None:
+    there = set(names_of(main))
+    asked = {name for command in COMMANDS for name in there if tuple(command[: len(name)]) == name}
+    assert there - asked == ALONE
 
 
 def test_every_command_and_process_on_servers_that_do_not_answer(environment: dict[str, str]) -> None:

@@ -6,9 +6,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import click
 
 import settings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 CREDITS = Path(sys.executable).parent / "credits"
 
@@ -43,3 +48,14 @@ def refused(done: subprocess.CompletedProcess[str], code: int, says: str) -> Non
     assert says in done.stderr.splitlines()[-1], done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def names_of(group: click.Group, *above: str) -> Iterator[tuple[str, ...]]:
+    """Every command that there is, each by all of its words."""
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        if isinstance(command, click.Group):
+            yield from names_of(command, *above, name)
+        else:
+            yield (*above, name)

@@ -270,6 +270,9 @@ def test_list_and_revoke(cli: Cli) -> None:
         (True, True, True), (False, False, False)
     ]  # fmt: skip
     assert ("first [bold]" in lines[1], "revoked" in lines[1]) == (True, True)
+    # What `revoke` takes is in one piece, however narrow the terminal is.
+    narrow = cli("keys", "list", COLUMNS="80").stdout
+    assert [made["prefix"] in narrow for made in (first, second)] == [True, True]
     assert all(made["key"].rpartition("_")[2] not in json.dumps(cli.facts("keys", "list")) for made in (first, second))
 
 

@@ -43,6 +43,7 @@ def test_nothing_has_happened(world: World) -> None:
     assert (found.enabled, found.all_dry) == (True, False)
     assert (found.last_scan_at, found.last_success_at) == (None, None)
     assert (found.users_due, found.due_since, found.batch_seconds, found.ended) == (0, None, None, {})
+    assert found.users_waiting == 0
     assert [(pending.scheduled, pending.runs, pending.batches) for pending in found.pending] == [
         (True, 0, 0), (False, 0, 0)
     ]  # fmt: skip
@@ -80,9 +81,22 @@ def test_the_due_are_counted_up_to_a_bound(world: World, monkeypatch: pytest.Mon
     world.user("first", due_in="-2 hours")
     world.users(8)
     found = read(world)
-    assert found.users_due == 3
+    assert (found.users_due, found.users_waiting) == (3, 3)
     assert found.due_since is not None
     assert found.at - found.due_since > timedelta(minutes=119)
+
+
+def test_whoever_hides_the_due_shows(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Users without a plan have waited for longer, and nobody looks past the bound: that nobody is due is not known."""
+    monkeypatch.setattr(metrics, "USERS_MAX", 3)
+    for number in range(3):
+        world.user(f"without a plan {number}", plan_code=None, due_in="-2 hours")
+    world.user("due", due_in="-1 hour")
+    found = read(world)
+    assert (found.users_due, found.due_since, found.users_waiting) == (0, None, 3)
+    world.sql.execute("UPDATE users SET active = false WHERE plan_code IS NULL")
+    found = read(world)
+    assert (found.users_due, found.users_waiting) == (1, 1)
 
 
 def test_what_is_under_way(world: World) -> None:

@@ -194,6 +194,7 @@ def test_by_command_an_endpoint_is_added_listed_tested_and_removed(world: World,
     )
     assert done.stdout.strip() not in str(listed)
     assert URL in cli.says("webhooks", "endpoints", "list")
+    assert listed["id"] in cli("webhooks", "endpoints", "list", COLUMNS="80").stdout
     facts = cli.facts("webhooks", "endpoints", "test", listed["id"])
     assert (facts["type"], facts["status"], facts["data"]) == ("ping", "pending", {"endpointId": listed["id"]})
     (one,) = cli.facts("webhooks", "deliveries", "list", "--status", "pending")["deliveries"]

@@ -29,6 +29,7 @@ SNAPSHOT = Snapshot(
     last_success_at=None,
     users_due=7,
     due_since=NOW - 90 * MINUTE,
+    users_waiting=9,
     pending=(
         Pending(scheduled=True, runs=1, batches=3, users=250, retrying=1, published_at=NOW - MINUTE),
         Pending(scheduled=False),
@@ -86,6 +87,7 @@ def test_what_is() -> None:
         "credits_all_runs_dry": 0,
         "credits_users_due": 7,
         "credits_oldest_overdue_seconds": 5_400,
+        "credits_users_waiting": 9,
         "credits_last_scan_timestamp_seconds": (NOW - MINUTE).timestamp(),
         "credits_runs_running queue=batches": 1,
         "credits_runs_running queue=bulk": 0,

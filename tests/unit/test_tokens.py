@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import SecretStr
+from structlog.testing import capture_logs
 
 import settings
 from api import tokens
@@ -85,6 +86,23 @@ BAD: list[dict[str, Any]] = [
 @pytest.mark.parametrize("changed", BAD, ids=str)
 def test_claims_that_make_a_token_nobodys(changed: dict[str, Any]) -> None:
     assert by_secret().subject(raw({"alg": "HS256", "typ": "JWT"}, claims(**changed))) is None
+
+
+def test_the_log_says_why_and_repeats_no_token() -> None:
+    """The one who asks is told no more than 401; the one who has set it up finds out why."""
+    reasons = {
+        hs256(claims(aud="another")): "InvalidAudienceError",
+        hs256(claims(exp=1)): "ExpiredSignatureError",
+        hs256(claims(exp=NOBODY)): "MissingRequiredClaimError",
+        hs256(claims(), "x" * 40): "InvalidSignatureError",
+        hs256(claims(sub=" ")): "its subject is no user's id",
+    }
+    checked = by_secret()
+    with capture_logs() as lines:
+        assert [checked.subject(token) for token in reasons] == [None] * len(reasons)
+        assert Tokens(settings.Settings(jwt_secret=None, jwks_url=None)).subject(hs256(claims())) is None
+    assert [line["because"] for line in lines] == [*reasons.values(), "NoSignerError"]
+    assert [line for line in lines if "eyJ" in str(line)] == []
 
 
 @pytest.mark.parametrize(("seconds", "whose"), [(-20, "ada"), (-40, None)])
