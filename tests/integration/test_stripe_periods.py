@@ -96,6 +96,16 @@ def test_prorations_grant_nothing(world: World, ada: int) -> None:
     assert len(billing.windows(world, ada)) == 1
 
 
+def test_a_first_period_up_to_the_anchor_is_granted_and_the_next_one_follows(world: World, ada: int) -> None:
+    first = Subscription(created=now() - timedelta(seconds=3), length=timedelta(seconds=5))
+    second = Subscription(created=first.created, start=first.until)
+    assert deliver(world, first.paid(lines=[first.line(stub=True, amount=800)])).outcome == "granted"
+    assert deliver(world, second.paid(reason="subscription_cycle")).outcome == "granted"
+    assert [window[:2] for window in billing.windows(world, ada)] == [
+        (first.since, first.until), (second.since, second.until)
+    ]  # fmt: skip
+
+
 def test_an_invoice_of_no_subscription_grants_nothing(world: World, ada: int) -> None:
     raw = Subscription().paid(lines=[])
     del raw["data"]["object"]["parent"]
