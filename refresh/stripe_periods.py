@@ -221,7 +221,7 @@ def _grant(connection: psycopg.Connection[Any], invoice: Invoice, found: _Situat
 
 
 def _keys(invoice: Invoice) -> str:
-    return f"stripe:{invoice.subscription_id}:"
+    return f"{runs.STRIPE_KEYS}{invoice.subscription_id}:"
 
 
 def _key(invoice: Invoice) -> str:

@@ -64,6 +64,16 @@ def test_a_period_is_granted_once_however_often_and_by_whichever_event(world: Wo
     assert world.value("SELECT count(*) FROM credit_refresh_runs") == 1
 
 
+@pytest.mark.usefixtures("ada")
+def test_nobody_elses_run_passes_for_the_periods(world: World) -> None:
+    subscription = Subscription()
+    key = f"stripe:{subscription.id}:{subscription.since:%Y-%m-%dT%H:%M:%SZ}"
+    with pytest.raises(RefusedError, match="are those of Stripe's billing periods"):
+        world.open(force=True, dry_run=True, idempotency_key=key)
+    assert deliver(world, subscription.paid()).outcome == "granted"
+    assert world.value("SELECT idempotency_key FROM credit_refresh_runs") == key
+
+
 def test_periods_follow_on_each_other_without_a_gap(world: World, ada: int) -> None:
     first = Subscription(created=now() - timedelta(seconds=3), length=timedelta(seconds=5))
     second = Subscription(created=first.created, start=first.until)
