@@ -102,6 +102,7 @@ class _Examination:
         self._ask("pace", lambda: domain.pace(self.connection, self.settings), after="migration")
         self._ask("stuck runs", lambda: domain.stuck_runs(self.connection), after="migration")
         self._ask("overdue users", lambda: domain.overdue_users(self.connection, self.settings), after="migration")
+        self._ask("webhooks", lambda: domain.webhooks(self.connection), after="migration")
         self._ask_celery()
         return self._checks
 

@@ -233,12 +233,11 @@ def _granting(lock: str, defer: str, *, tell: str = "") -> str:
 GRANT_MANY = _granting(LOCK_SKIPPING, DEFER)
 GRANT_ONE = _granting(LOCK_WAITING, DEFER)
 GRANT_ALL = _granting(LOCK_ALL, DEFER_NOBODY)
-TELLING = {
-    GRANT_MANY: _granting(LOCK_SKIPPING, DEFER, tell=TELL_USERS),
-    GRANT_ONE: _granting(LOCK_WAITING, DEFER, tell=TELL_USERS),
-    GRANT_ALL: _granting(LOCK_ALL, DEFER_NOBODY, tell=TELL_USERS),
-}
-"""The same, for when a webhook endpoint wants to know of users."""
+
+# The same, for when a webhook endpoint wants to know of users.
+TELL_MANY = _granting(LOCK_SKIPPING, DEFER, tell=TELL_USERS)
+TELL_ONE = _granting(LOCK_WAITING, DEFER, tell=TELL_USERS)
+TELL_ALL = _granting(LOCK_ALL, DEFER_NOBODY, tell=TELL_USERS)
 
 PLAN = (
     TAKE.format(work="refresh", dry_run="true", lock="ORDER BY u.id")

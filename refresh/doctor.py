@@ -32,6 +32,10 @@ SLOT_GRACE_SECONDS = 180
 STUCK_AFTER_SECONDS = 1_200
 """Twice as long as upkeep waits before it rings again for a batch that may still be queued."""
 LOCK_TIMEOUT_MIN_MS = 50
+FAILURES_MANY = 5
+"""An endpoint that fails is asked again after 5 s, 10 s, 20 s, …: that often, it has failed for over a minute."""
+UNSENT_AFTER_SECONDS = 600
+"""Upkeep rings for messages every minute, and a round takes seconds."""
 CONNECTIONS_MIN = 10
 """What a process of ours may hold at most (db.py)."""
 _MANY_SLOTS = 2
@@ -263,6 +267,41 @@ def stuck_runs(connection: psycopg.Connection[Any]) -> Finding:
         f"{STUCK_AFTER_SECONDS // 60} minutes, the oldest is of {_moment(created_at)}",
         f"is a worker running? `credits runs show {run_id}`",
     )
+
+
+# Dead messages are looked for by the index over them; what waits by each endpoint's.
+_WEBHOOKS = """
+SELECT
+    count(*) FILTER (WHERE e.active),
+    min(e.id::text) FILTER (WHERE e.active AND e.failures >= %(failures)s),
+    min(e.id::text) FILTER (WHERE NOT e.active AND e.inactive_reason IS NOT NULL),
+    min(d.due_at) FILTER (WHERE e.active AND e.failures = 0),
+    (SELECT count(*) FROM (SELECT FROM webhook_deliveries WHERE status = 'dead' LIMIT %(limit)s) AS w)
+FROM webhook_endpoints AS e
+CROSS JOIN LATERAL (
+    SELECT min(next_attempt_at) AS due_at FROM webhook_deliveries
+    WHERE endpoint_id = e.id AND status = 'pending' AND next_attempt_at < now() - make_interval(secs => %(after)s)
+) AS d
+"""
+
+
+def webhooks(connection: psycopg.Connection[Any]) -> Finding:
+    """Whether webhook endpoints take what they are told, and somebody sends it."""
+    values = {"failures": FAILURES_MANY, "after": UNSENT_AFTER_SECONDS, "limit": COUNTED_MAX + 1}
+    active, failing, gone, due_at, dead = one(connection.execute(_WEBHOOKS, values))
+    if due_at is not None:
+        todo = "does a worker run (`celery -A tasks worker --queues=webhooks`), and do the endpoints keep up?"
+        return Finding("wrong", f"messages wait since {_moment(due_at)} for endpoints that take them", todo)
+    if failing is not None:
+        todo = f"`credits webhooks deliveries list --endpoint {failing}` shows what it answers"
+        return Finding("wrong", f"endpoint {failing} takes nothing, {FAILURES_MANY} times in a row or more", todo)
+    if gone is not None:
+        todo = "`credits webhooks endpoints remove`, or switch it on again by PATCH"
+        return Finding("wrong", f"endpoint {gone} says that it is gone, and was switched off", todo)
+    if dead:
+        todo = "`credits webhooks deliveries list --status dead`"
+        return Finding("info", f"{_many(dead)} {'message' if dead == 1 else 'messages'} could not be delivered", todo)
+    return Finding("ok", f"{active} {'endpoint takes' if active == 1 else 'endpoints take'} what there is to tell")
 
 
 _LOCKS = """

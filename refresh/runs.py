@@ -34,6 +34,9 @@ SCHEDULED = "scheduled"
 """The reason that runs of beat and of cron services carry. The unique index over planned windows names it
 (models/history.py): however often they come, a window is planned once by dry ones."""
 
+STRIPE_KEYS = "stripe:"
+"""How the idempotency keys of billing periods begin (stripe_periods.py), and nobody else's."""
+
 OPENING_LOCK_TIMEOUT = timedelta(minutes=5)
 """How long one opening waits for another. Cutting a million users into batches takes about a second."""
 
@@ -98,9 +101,13 @@ class Request:
     correlation_id: str | None = None
 
     def __post_init__(self) -> None:
-        """What is one transaction has no pace."""
+        """What is one transaction has no pace; what is not Stripe's must not pass for a period that is granted."""
         if self.atomic and self.max_users_per_second is not None:
             raise RefusedError("all of them or none is one transaction: it cannot be paced")
+        if self.source != "stripe" and (self.idempotency_key or "").startswith(STRIPE_KEYS):
+            raise RefusedError(
+                f"idempotency keys that begin with {STRIPE_KEYS!r} are those of Stripe's billing periods"
+            )
 
     def as_things_are(self, *, all_dry: bool) -> Request:
         """The request as it will be carried out: a dry one where every run is."""

@@ -119,7 +119,7 @@ class Invoice:
 
     Attributes:
         start, end: the billing period that it is for; None where it is for none, as for prorations alone.
-        price_id: what the period was paid for.
+        price_ids: what the period was paid for.
         cut_short: it has more lines than an event carries, and the period is on none of these.
     """
 
@@ -127,7 +127,7 @@ class Invoice:
     subscription_id: str | None
     start: datetime | None
     end: datetime | None
-    price_id: str | None
+    price_ids: frozenset[str]
     cut_short: bool
 
 
@@ -169,9 +169,11 @@ def read_subscription(event: Event) -> Subscription:
 def read_invoice(found: dict[str, Any]) -> Invoice:
     """The billing period that an invoice is for.
 
-    That of its subscription lines, prorations aside. Where they differ, as prices by month and by year may in one
+    That of its subscription lines, prorations aside; but a new subscription's first period may be one that is cut off
+    where its cycle is anchored, and that is a period. Where they differ, as prices by month and by year may in one
     subscription, it is the period that began last, and of those the shortest: such periods follow on each other.
     """
+    first = found.get("billing_reason") == "subscription_create"
     subscription_id = (
         _id(_dict(_dict(found.get("parent")).get("subscription_details")).get("subscription"))
         or _id(found.get("subscription"))
@@ -179,14 +181,15 @@ def read_invoice(found: dict[str, Any]) -> Invoice:
     lines = [
         (period[0], -period[1].timestamp(), period[1], line)
         for line in map(_dict, _list(found.get("lines")))
-        if _is_subscriptions(line) and (period := _period(line))
+        if _is_subscriptions(line, first=first) and (period := _period(line))
     ]
     if not lines:
         cut_short = subscription_id is not None and _dict(found.get("lines")).get("has_more") is True
-        return Invoice(_id(found), subscription_id, None, None, None, cut_short)
+        return Invoice(_id(found), subscription_id, None, None, frozenset(), cut_short)
     start, _, end, line = max(lines, key=lambda each: each[:2])
     subscription_id = _line_subscription(line) or subscription_id
-    return Invoice(_id(found), subscription_id, start, end, _line_price(line), cut_short=False)
+    price_ids = frozenset(filter(None, (_line_price(other) for begins, *_, other in lines if begins == start)))
+    return Invoice(_id(found), subscription_id, start, end, price_ids, cut_short=False)
 
 
 def follows(later: Event, earlier: Event) -> bool:
@@ -224,10 +227,17 @@ def _metadata(found: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield _dict(line.get("metadata"))
 
 
-def _is_subscriptions(line: dict[str, Any]) -> bool:
-    """Whether a line is for a period of a subscription: no proration, no single item, no usage of the past."""
+def _is_subscriptions(line: dict[str, Any], *, first: bool = False) -> bool:
+    """Whether a line is for a period of a subscription: no proration, no single item, no usage of the past.
+
+    Args:
+        line: an invoice's.
+        first: of a subscription's first invoice, where a part of a period is the period; what comes of an invoice item
+            is a proration there, too.
+    """
     details = _dict(_dict(line.get("parent")).get("subscription_item_details"))
-    if details.get("proration") is True or line.get("proration") is True:
+    prorated = details.get("proration") is True or line.get("proration") is True
+    if prorated and not (first and _id(details.get("invoice_item")) is _id(line.get("invoice_item")) is None):
         return False
     for price in (_dict(line.get("price")), _dict(line.get("plan"))):
         if "metered" in {price.get("usage_type"), _dict(price.get("recurring")).get("usage_type")}:

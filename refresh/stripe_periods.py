@@ -156,10 +156,12 @@ def _refuse(  # noqa: C901, PLR0911 - one for each
     if (
         found.price_since is not None
         and found.price_since < invoice.start
-        and invoice.price_id not in {None, found.price_id}
+        and invoice.price_ids
+        and found.price_id not in invoice.price_ids
         and found.now < received_at + PRICE_CHANGE_WAIT
     ):
-        return Decision("awaits_subscription", f"price {invoice.price_id} after {found.price_id}", found.user_id)
+        prices = " and ".join(sorted(invoice.price_ids))
+        return Decision("awaits_subscription", f"price {prices} after {found.price_id}", found.user_id)
     if found.cadence != "external":  # the event that gives them such a plan looks at this one again
         return Decision("not_external", "there is none" if found.cadence is None else None, found.user_id)
     if not found.active:
@@ -219,7 +221,7 @@ def _grant(connection: psycopg.Connection[Any], invoice: Invoice, found: _Situat
 
 
 def _keys(invoice: Invoice) -> str:
-    return f"stripe:{invoice.subscription_id}:"
+    return f"{runs.STRIPE_KEYS}{invoice.subscription_id}:"
 
 
 def _key(invoice: Invoice) -> str:

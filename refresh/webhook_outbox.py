@@ -52,6 +52,7 @@ WITH due AS (
         FOR NO KEY UPDATE SKIP LOCKED
     ) AS d
     WHERE e.active AND (e.resume_at <= now()) IS NOT FALSE
+        AND (%(endpoint_id)s::uuid IS NULL OR e.id = %(endpoint_id)s)
 )
 UPDATE webhook_deliveries AS d SET
     attempts = d.attempts + 1, next_attempt_at = now() + make_interval(secs => %(lease)s)
@@ -86,14 +87,16 @@ class Message:
     format: str
 
 
-def claim(connection: psycopg.Connection[Any]) -> list[Message]:
+def claim(connection: psycopg.Connection[Any], *, endpoint_id: UUID | None = None) -> list[Message]:
     """Take what is due, up to `CLAIM_MAX` messages of each endpoint, for `LEASE_SECONDS`; the oldest first.
 
     Args:
         connection: in autocommit: nobody's transaction is open while messages are sent.
+        endpoint_id: of this endpoint alone.
     """
+    values = {"most": CLAIM_MAX, "lease": LEASE_SECONDS, "endpoint_id": endpoint_id}
     with connection.cursor(row_factory=class_row(Message)) as cursor:
-        found = cursor.execute(_CLAIM, {"most": CLAIM_MAX, "lease": LEASE_SECONDS}).fetchall()
+        found = cursor.execute(_CLAIM, values).fetchall()
     return sorted(found, key=lambda message: (message.due_at, message.id))
 
 

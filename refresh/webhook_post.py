@@ -2,15 +2,17 @@
 
     for each endpoint: look its name up → check where that leads → POST to that very address → keep the answer
 
-An endpoint that answers slowly, or not at all, costs the others nothing but the end of the round, which is bounded.
-What it has not been sent by then goes back to the outbox. Nothing is read of an answer but its status and
-`Retry-After`; no redirect is followed, no proxy of the environment used, and nothing decompressed.
+An endpoint that answers slowly, or not at all, keeps no other one waiting: a round is bounded, and whoever is done gets
+more for as long as somebody is still at what they began with. What was not sent by the round's end goes back to the
+outbox. Nothing is read of an answer but its status and `Retry-After`; no redirect is followed, no proxy of the
+environment used, and nothing decompressed.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     import psycopg
 
     from refresh.webhook_outbox import Message
-    from refresh.webhook_targets import Look
+    from refresh.webhook_targets import Look, Target
 
 CONNECT_SECONDS = 3.0
 ATTEMPT_SECONDS = 10.0
@@ -102,26 +104,38 @@ async def _send_all(
     for message in messages:
         lanes.setdefault(message.endpoint_id, deque()).append(message)
     until = time.monotonic() + ROUND_SECONDS
+    at_first = set(lanes)
     async with asyncio.TaskGroup() as group:
         for waiting in lanes.values():
-            group.create_task(_Lane(connection, sender, waiting, until, done).run())
+            group.create_task(_Lane(connection, sender, waiting, until, at_first, done).run())
 
 
 class _Lane:
-    """One endpoint's messages. All lanes are in one thread, so the connection is nobody else's meanwhile."""
+    """One endpoint's messages. All lanes are in one thread, so the connection is nobody else's meanwhile.
 
-    def __init__(
+    Args:
+        connection: in autocommit.
+        sender: how messages are sent.
+        waiting: what was claimed for the endpoint.
+        until: no attempt begins later.
+        at_first: endpoints that are at the messages that they began with; each takes itself out.
+        done: what comes of the round.
+    """
+
+    def __init__(  # noqa: PLR0913, PLR0917 - the round's, of which it is a part
         self,
         connection: psycopg.Connection[Any],
         sender: Sender,
         waiting: deque[Message],
         until: float,
+        at_first: set[object],
         done: Round,
     ) -> None:
         self._connection = connection
         self._sender = sender
         self._waiting = waiting
         self._until = until
+        self._at_first = at_first
         self._done = done
         self._endpoint_id = waiting[0].endpoint_id
         self._url = waiting[0].url
@@ -136,7 +150,11 @@ class _Lane:
             timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),  # each attempt has a limit of its own
             limits=httpx.Limits(max_connections=PARALLEL, max_keepalive_connections=PARALLEL),
         ) as client:
-            await asyncio.gather(*(self._work(client) for _ in range(min(PARALLEL, len(self._waiting)))))
+            await self._send(client)
+            self._at_first.discard(self._endpoint_id)
+            # The round goes on for others' sake. With nobody at their first messages it ends, for the worker's.
+            while self._at_first and self._may_go_on and self._take_more():
+                await self._send(client)
         outbox.release(self._connection, self._waiting)
         self._done.counts["not tried"] += len(self._waiting)
         if self._failure is None:
@@ -149,8 +167,22 @@ class _Lane:
                 self._connection, self._endpoint_id, healthy=False, retry_after=self._failure.retry_after
             )
 
+    @property
+    def _may_go_on(self) -> bool:
+        return self._failure is None and time.monotonic() < self._until
+
+    def _take_more(self) -> bool:
+        """Whether there was more. Its address may be another one by now, and its name lead elsewhere."""
+        self._waiting.extend(outbox.claim(self._connection, endpoint_id=self._endpoint_id))
+        if self._waiting:
+            self._url, self._addresses = self._waiting[0].url, None
+        return bool(self._waiting)
+
+    async def _send(self, client: httpx.AsyncClient) -> None:
+        await asyncio.gather(*(self._work(client) for _ in range(min(PARALLEL, len(self._waiting)))))
+
     async def _work(self, client: httpx.AsyncClient) -> None:
-        while self._waiting and self._failure is None and time.monotonic() < self._until:
+        while self._waiting and self._may_go_on:
             message = self._waiting.popleft()
             answer = await self._attempt(client, message)
             outbox.record(self._connection, message, answer)
@@ -172,6 +204,8 @@ class _Lane:
             return Answer(None, str(error)[:ERROR_MAX], its_own=True)
         except (httpx.HTTPError, OSError, ValueError) as error:
             return Answer(None, f"{type(error).__name__}: {error}"[:ERROR_MAX], its_own=True)
+        except Exception as error:  # noqa: BLE001 - nor one endpoint; what the text may hold, nobody knows
+            return Answer(None, type(error).__name__, its_own=True)
         await _drain(response)
         return _read(response, message.claimed_at)
 
@@ -181,8 +215,7 @@ class _Lane:
         if self._addresses is None:
             addresses = [target.host]
             if target.named:
-                loop = asyncio.get_running_loop()
-                addresses = await loop.run_in_executor(None, self._sender.look_up, target.host, target.port)
+                addresses = await _look_up(self._sender.look_up, target)
             require_allowed(target, addresses, allow_private=self._sender.allow_private)
             self._addresses = addresses
         # The name stays what it was to the server: in the Host header, and in TLS, whose certificate has to carry it.
@@ -197,6 +230,33 @@ class _Lane:
             except (httpx.ConnectError, httpx.ConnectTimeout) as error:
                 unreachable = error
         raise unreachable
+
+
+async def _look_up(look_up: Look, target: Target) -> list[str]:
+    """In a thread that nobody waits for: the system's look-up knows no time limit, and a loop waits for its own."""
+    loop = asyncio.get_running_loop()
+    found: asyncio.Future[list[str]] = loop.create_future()
+
+    def settle(addresses: list[str], error: Exception | None) -> None:
+        if found.done():  # given up
+            return
+        if error is not None:
+            found.set_exception(error)
+        else:
+            found.set_result(addresses)
+
+    def look() -> None:
+        addresses: list[str] = []
+        failed = None
+        try:
+            addresses = look_up(target.host, target.port)
+        except Exception as error:  # noqa: BLE001 - raised where it is awaited
+            failed = error
+        with contextlib.suppress(RuntimeError):  # the round has ended meanwhile, and its loop
+            loop.call_soon_threadsafe(settle, addresses, failed)
+
+    threading.Thread(target=look, daemon=True).start()
+    return await found
 
 
 async def _drain(response: httpx.Response) -> None:
@@ -234,6 +294,6 @@ def _seconds(retry_after: str | None, now: datetime) -> float:
         return float(retry_after.strip()[:9])
     try:
         at = parsedate_to_datetime(retry_after)
-    except ValueError:
+    except (ValueError, OverflowError):  # a year of twenty digits
         return 0
     return max(0.0, (at - now).total_seconds()) if at.tzinfo is not None else 0

@@ -31,6 +31,13 @@ LOOKUP_SECONDS = 3.0
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 # Relays between IPv4 and IPv6, which lead who knows where.
 _RELAYS = (ipaddress.ip_network("192.88.99.0/24"), ipaddress.ip_network("64:ff9b:1::/48"))
+# Where clouds keep their metadata beside the link's own addresses: AWS and Google by IPv6, Alibaba, Oracle, Azure.
+_METADATA = frozenset(
+    map(
+        ipaddress.ip_address,
+        ("fd00:ec2::254", "fd20:ce::254", "100.100.100.200", "192.0.0.192", "168.63.129.16"),
+    )
+)
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
@@ -180,9 +187,10 @@ def _is_private(address: _Address) -> bool:
 
 
 def _is_nobodys(address: _Address) -> bool:
-    """No single machine's, or that of the link alone, where clouds keep their metadata."""
+    """No single machine's, or that of the link alone, or another one where clouds keep their metadata."""
     return (
-        address.is_multicast
+        address in _METADATA
+        or address.is_multicast
         or address.is_unspecified
         or address.is_link_local
         or (address.is_reserved and not address.is_loopback)

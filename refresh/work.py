@@ -16,7 +16,7 @@ from psycopg.rows import class_row
 
 from refresh import isolation
 from refresh.apply import apply_batch
-from refresh.batch import GRANT_ALL, GRANT_MANY, GRANT_ONE, PLAN, TELLING
+from refresh.batch import GRANT_ALL, GRANT_MANY, GRANT_ONE, PLAN, TELL_ALL, TELL_MANY, TELL_ONE
 from refresh.closing import Outcome, close_batch
 from refresh.regrid import REGRID_MANY, REGRID_ONE
 from refresh.reversal import reverse_batch
@@ -114,5 +114,8 @@ def _statement(pending: Pending) -> str:
         return REGRID_ONE if pending.lone else REGRID_MANY
     if pending.dry_run:
         return PLAN
-    granting = GRANT_ALL if pending.atomic else GRANT_ONE if pending.lone else GRANT_MANY
-    return TELLING[granting] if pending.tells else granting
+    if pending.atomic:
+        return TELL_ALL if pending.tells else GRANT_ALL
+    if pending.lone:
+        return TELL_ONE if pending.tells else GRANT_ONE
+    return TELL_MANY if pending.tells else GRANT_MANY

@@ -155,8 +155,8 @@ BREAKS: dict[str, Break] = {
         "more. The row's own lock keeps the sum right, but not what the ledger says, nor a hold that came meanwhile.",
         ("movement", "held", "rollback", "negative"),
         changes=(
-            Edit("refresh.work.GRANT_MANY", _SKIPPING),
-            Edit("refresh.work.GRANT_ONE", _WAITING),
+            *(Edit(f"refresh.work.{name}", _SKIPPING) for name in ("GRANT_MANY", "TELL_MANY")),
+            *(Edit(f"refresh.work.{name}", _WAITING) for name in ("GRANT_ONE", "TELL_ONE")),
             Edit("refresh.apply._LOCK_MANY", _SKIPPING),
             Edit("refresh.apply._LOCK_ONE", _WAITING),
             Edit("refresh.reversal._LOCK_MANY", _SKIPPING),
@@ -169,7 +169,11 @@ BREAKS: dict[str, Break] = {
         "opening and its batch. Without a verdict all of them are granted; whoever was refreshed meanwhile is saved by "
         "a CHECK, and fails.",
         ("held", "inactive", "poison"),
-        changes=(*_recheck("refresh.work.GRANT_MANY"), *_recheck("refresh.work.GRANT_ONE")),
+        changes=tuple(
+            edit
+            for name in ("GRANT_MANY", "TELL_MANY", "GRANT_ONE", "TELL_ONE")
+            for edit in _recheck(f"refresh.work.{name}")
+        ),
     ),
     "advisory-lock": Break(
         "the lock at the door, which lets one run at a time look for its users",
@@ -209,7 +213,10 @@ BREAKS: dict[str, Break] = {
         faults=("messages-twice",),
         changes=(
             Edit("refresh.work._PENDING", _PENDING),
-            *(Edit(f"refresh.work.{name}", _PENDING) for name in ("GRANT_MANY", "GRANT_ONE", "GRANT_ALL", "PLAN")),
+            *(
+                Edit(f"refresh.work.{name}", _PENDING)
+                for name in ("GRANT_MANY", "TELL_MANY", "GRANT_ONE", "TELL_ONE", "GRANT_ALL", "TELL_ALL", "PLAN")
+            ),
         ),
     ),
     "run-finish": Break(

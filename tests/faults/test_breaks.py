@@ -18,6 +18,7 @@ from tests.faults import breaks
 from tests.faults.breaks import BREAKS, Break, Edit, GoneError, Swap
 from tests.faults.faults.catalogue import FAULTS
 from tests.faults.town import AN_HOUR, Town, a_town, spend
+from tests.integration.hooks import endpoint, outbox
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -180,6 +181,17 @@ def test_without_the_guard_the_checker_is_red(town: Town, name: str, monkeypatch
     found = town.check(finished=False)
     assert found
     assert {finding.rule for finding in found} <= set(BREAKS[name].rules), found
+
+
+@pytest.mark.parametrize("name", ["row-lock", "recheck", "batch-claim"])
+def test_the_statements_that_tell_lose_their_guard_too(town: Town, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    endpoint(town.world, "user.refreshed")
+    _take_out(town, name, monkeypatch)
+    SEQUENCES[name](town)
+    found = town.check(finished=False)
+    assert found
+    assert {finding.rule for finding in found} <= set(BREAKS[name].rules), found
+    assert outbox(town.world, "user.refreshed")
 
 
 @pytest.mark.parametrize("broken", [None, "upkeep"])

@@ -198,22 +198,31 @@ class Subscription:
             **own,
         }
 
-    def line(self, shape: str = "2026", *, proration: bool = False, amount: int = 2000, **more: Any) -> dict[str, Any]:
-        """A line for the present period, or a proration of it."""
+    def line(
+        self, shape: str = "2026", *, proration: bool = False, stub: bool = False, amount: int = 2000, **more: Any
+    ) -> dict[str, Any]:
+        """A line for the present period, or a proration of it, or a first period that is cut off by the anchor."""
+        item = "ii_1" if proration else None
         period = {"start": ts(self.since), "end": ts(self.until)}
         line = {"id": "il_1", "object": "line_item", "amount": amount, "metadata": self.metadata, "period": period}
         if shape == "2022":
             return {
                 **line,
+                "invoice_item": item,
                 "plan": self.price.plan_json(),
                 "price": self.price.json(),
-                "proration": proration,
+                "proration": proration or stub,
                 "subscription": self.id,
                 "subscription_item": f"si_{self.id}",
                 "type": "invoiceitem" if proration else "subscription",
                 **more,
             }
-        details = {"proration": proration, "subscription": self.id, "subscription_item": f"si_{self.id}"}
+        details = {
+            "invoice_item": item,
+            "proration": proration or stub,
+            "subscription": self.id,
+            "subscription_item": f"si_{self.id}",
+        }
         return {
             **line,
             "parent": {

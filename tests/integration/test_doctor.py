@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 NAMES = [
     "settings", "servers", "database", "clock", "connections", "lock waits", "migration", "partitions",
-    "default partitions", "switch", "spend trigger", "scheduled run", "pace", "stuck runs", "overdue users", "broker",
-    "queues", "dead letters", "workers", "beat",
+    "default partitions", "switch", "spend trigger", "scheduled run", "pace", "stuck runs", "overdue users",
+    "webhooks", "broker", "queues", "dead letters", "workers", "beat",
 ]  # fmt: skip
 
 

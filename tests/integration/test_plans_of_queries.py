@@ -14,7 +14,7 @@ import psycopg
 import pytest
 
 from refresh import delivery, metrics, runs, totals
-from refresh.batch import GRANT_ALL, GRANT_MANY, GRANT_ONE, PLAN, TELLING
+from refresh.batch import GRANT_ALL, GRANT_MANY, GRANT_ONE, PLAN, TELL_MANY, TELL_ONE
 from refresh.closing import close_batch
 from refresh.work import pending_batches
 from tests.integration.explained import Mode, explaining
@@ -214,8 +214,8 @@ def test_the_scan_goes_by_the_wake_index(crowd: psycopg.Connection[Any], explain
         (granting(PLAN, DRY, 100), 100, 20),
         (granting(GRANT_ONE, SINGLE, 1), 1, 100),
         # A user's own row once more, a row of the outbox and its two index entries.
-        (granting(TELLING[GRANT_MANY], NEW, 100), 100, 60),
-        (granting(TELLING[GRANT_ONE], SINGLE, 1), 1, 115),
+        (granting(TELL_MANY, NEW, 100), 100, 60),
+        (granting(TELL_ONE, SINGLE, 1), 1, 115),
     ],
     ids=["many", "all or none", "plan", "one", "many, told of", "one, told of"],
 )

@@ -64,6 +64,16 @@ def test_a_period_is_granted_once_however_often_and_by_whichever_event(world: Wo
     assert world.value("SELECT count(*) FROM credit_refresh_runs") == 1
 
 
+@pytest.mark.usefixtures("ada")
+def test_nobody_elses_run_passes_for_the_periods(world: World) -> None:
+    subscription = Subscription()
+    key = f"stripe:{subscription.id}:{subscription.since:%Y-%m-%dT%H:%M:%SZ}"
+    with pytest.raises(RefusedError, match="are those of Stripe's billing periods"):
+        world.open(force=True, dry_run=True, idempotency_key=key)
+    assert deliver(world, subscription.paid()).outcome == "granted"
+    assert world.value("SELECT idempotency_key FROM credit_refresh_runs") == key
+
+
 def test_periods_follow_on_each_other_without_a_gap(world: World, ada: int) -> None:
     first = Subscription(created=now() - timedelta(seconds=3), length=timedelta(seconds=5))
     second = Subscription(created=first.created, start=first.until)
@@ -94,6 +104,16 @@ def test_prorations_grant_nothing(world: World, ada: int) -> None:
     upgrade = subscription.paid(reason="subscription_update", lines=lines)
     assert outcomes(world, subscription.paid(), upgrade) == ["granted", "no_period"]
     assert len(billing.windows(world, ada)) == 1
+
+
+def test_a_first_period_up_to_the_anchor_is_granted_and_the_next_one_follows(world: World, ada: int) -> None:
+    first = Subscription(created=now() - timedelta(seconds=3), length=timedelta(seconds=5))
+    second = Subscription(created=first.created, start=first.until)
+    assert deliver(world, first.paid(lines=[first.line(stub=True, amount=800)])).outcome == "granted"
+    assert deliver(world, second.paid(reason="subscription_cycle")).outcome == "granted"
+    assert [window[:2] for window in billing.windows(world, ada)] == [
+        (first.since, first.until), (second.since, second.until)
+    ]  # fmt: skip
 
 
 def test_an_invoice_of_no_subscription_grants_nothing(world: World, ada: int) -> None:

@@ -261,6 +261,18 @@ def test_a_renewal_at_another_price_waits_for_the_plan_that_it_is(world: World, 
     assert billing.windows(world, ada)[-1][2] == 5_000
 
 
+def test_a_renewal_of_several_items_waits_for_nothing(world: World, ada: int) -> None:
+    """Whichever of them comes first on the invoice, and with no event that tells of the new period."""
+    length = timedelta(hours=1)
+    first = Subscription(created=now() - length, length=length)
+    deliver(world, first.says("created", at=first.created))
+    second = replace(first, start=first.until)
+    addon = replace(second, price=Price("price_1Addon", None))
+    paid = second.paid(reason="subscription_cycle", at=now(), lines=[addon.line(), second.line()])
+    assert deliver(world, paid).outcome == "granted"
+    assert billing.windows(world, ada)[-1] == (second.since, second.until, 20_000)
+
+
 def test_it_does_not_wait_for_longer_than_an_hour(world: World, ada: int) -> None:
     length = timedelta(hours=1)
     first = Subscription(created=now() - length, length=length)

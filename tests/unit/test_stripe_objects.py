@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -26,7 +26,7 @@ def test_an_invoice_is_for_the_period_of_its_subscription_line(shape: str) -> No
     subscription = Subscription()
     raw = subscription.paid(shape=shape)
     read = stripe_objects.read_invoice(raw["data"]["object"])
-    assert (read.subscription_id, read.price_id) == ("sub_1Qa", "price_1Monthly")
+    assert (read.subscription_id, read.price_ids) == ("sub_1Qa", frozenset({"price_1Monthly"}))
     assert (read.start, read.end, read.cut_short) == (subscription.since, subscription.until, False)
     found = stripe_objects.read_event(raw)
     assert (found.customer_id, found.subscription_id) == ("cus_Ada", "sub_1Qa")
@@ -52,7 +52,26 @@ def test_beside_prorations_the_new_period_counts(shape: str) -> None:
     after = Subscription(start=now(), price=YEARLY)
     lines = [before.line(shape, proration=True, amount=-1200), after.line(shape)]
     read = stripe_objects.read_invoice(after.invoice(reason="subscription_update", shape=shape, lines=lines))
-    assert (read.start, read.price_id) == (after.since, YEARLY.id)
+    assert (read.start, read.price_ids) == (after.since, frozenset({YEARLY.id}))
+
+
+@pytest.mark.parametrize("shape", ["2026", "2022"])
+def test_a_first_period_that_the_anchor_cuts_off_is_one(shape: str) -> None:
+    stub = Subscription(length=timedelta(days=12))
+    line = stub.line(shape, stub=True, amount=800)
+    other = Subscription(start=now()).line(shape, proration=True)
+    read = stripe_objects.read_invoice(stub.invoice(reason="subscription_create", shape=shape, lines=[other, line]))
+    assert (read.start, read.end) == (stub.since, stub.until)
+    for reason in ("subscription_update", "subscription_cycle", "manual"):
+        assert stripe_objects.read_invoice(stub.invoice(reason=reason, shape=shape, lines=[line])).start is None
+
+
+def test_all_that_a_period_was_paid_for_counts() -> None:
+    addon = Subscription(price=Price("price_1Addon", None))
+    usage = Subscription(created=addon.created - MONTH, price=Price("price_1Usage", None))
+    lines = [addon.line(), Subscription(created=addon.created).line(), usage.line()]
+    read = stripe_objects.read_invoice(addon.invoice(reason="subscription_cycle", shape="2026", lines=lines))
+    assert read.price_ids == {"price_1Addon", "price_1Monthly"}
 
 
 def test_usage_of_the_past_is_no_period() -> None:
