@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 BULK = "/api/admin/credits/bulk-refresh"
 MANUAL = "/api/reset/manual"
 CALLERS = 200
+WAITING = """
+SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'
+"""
 
 
 def single(user: str) -> str:
@@ -242,6 +245,8 @@ def test_a_single_refresh_is_finished_by_whoever_asks_again(
         world.until(lambda: bool(runs_of(world, "killed-single")), "the run is committed")
         api.kill()
         assert failed() is not None
+        # Its statement does not see that the client is gone, and would go on with the lock.
+        world.until(lambda: world.value(WAITING) == 0, "its statement has given up")
     assert world.history(user_id) == []
     answer = _ask_again(client, single("interrupted"), body, key)
     assert (answer.status_code, answer.json()["outcome"], answer.json()["creditsAdded"]) == (200, "refreshed", 600)

@@ -143,7 +143,7 @@ def _measure(world: World, url: str, trace: Path) -> tuple[int, int, int, tuple[
     )  # fmt: skip
     users, batches, peak = (int(word) for word in done.stdout.split())
     traffic = trace.read_text()
-    world.sql.execute("TRUNCATE credit_refresh_batches, credit_refresh_runs")
+    world.sql.execute("TRUNCATE credit_refresh_batches, credit_refresh_runs, stripe_events")
     return users, batches, peak, (traffic.count("INSERT INTO credit_refresh_batches"), traffic.count("\tDataRow\t"))
 
 
