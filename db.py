@@ -36,6 +36,8 @@ command most of a second."""
 STATEMENT_TIMEOUT_SECONDS = 30
 IDLE_IN_TRANSACTION_SECONDS = 60
 CONNECT_TIMEOUT_SECONDS = 5
+CONNECTIONS_MAX = 10
+"""Of one process's pool; whoever needs another waits."""
 SILENCE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 4, "tcp_user_timeout": 30_000}
 """A wire that has gone silent for good is given up after half a minute; TCP's own patience is a quarter of an hour, or
 two hours. The names are libpq's; a local socket has no use for them."""
@@ -62,7 +64,9 @@ class Database:
         url: an SQLAlchemy URL, `postgresql+psycopg://…` (`Settings.database_url`).
         schema: a checked identifier (`Settings.database_schema`).
         name: what `pg_stat_activity` shows.
-        pooled: False for commands that connect once.
+        pool: connections that stay open for the next use, of `CONNECTIONS_MAX` at once; 0 for commands that connect
+            once. Where more are busy at once, each of the others is opened anew, which takes longer than most
+            statements.
         lock_timeout_ms: how long a statement may wait for a lock, where the server's deadlock_timeout admits as much.
     """
 
@@ -72,7 +76,7 @@ class Database:
         schema: str,
         *,
         name: str = "credits",
-        pooled: bool = False,
+        pool: int = 0,
         lock_timeout_ms: int = LOCK_TIMEOUT_MS,
     ) -> None:
         self.schema = schema
@@ -87,7 +91,9 @@ class Database:
                 "jit": "off",
             }.items()
         )
-        pool: dict[str, Any] = {"poolclass": QueuePool, "pool_size": 2, "max_overflow": 8} if pooled else {}
+        pooling: dict[str, Any] = {"poolclass": NullPool}
+        if pool:
+            pooling = {"poolclass": QueuePool, "pool_size": pool, "max_overflow": CONNECTIONS_MAX - pool}
         self._engine = create_engine(
             url,
             connect_args={
@@ -98,7 +104,7 @@ class Database:
             },
             # The driver's own transactions are used; SQLAlchemy would turn autocommit on and off with each loan.
             isolation_level="AUTOCOMMIT",
-            **(pool or {"poolclass": NullPool}),
+            **pooling,
         )
 
         @event.listens_for(self._engine, "connect")

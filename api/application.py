@@ -20,7 +20,7 @@ from api.limits import Limiter
 from api.parameters import known_parameters
 from api.routes import bulk, health, me, reports, reset, run_actions, runs, stripe, users, webhooks
 from api.tokens import Tokens
-from db import Database
+from db import CONNECTIONS_MAX, Database
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -39,8 +39,8 @@ strings beyond, which JavaScript cannot hold as numbers. **Errors** are `applica
 BODY_BYTES_MAX = 2**20
 """Of a request's body; a bulk refresh that names users takes more."""
 
-THREADS = 10
-"""Requests that wait for the database at once, and so connections: as many as the pool holds (db.py)."""
+THREADS = CONNECTIONS_MAX
+"""Requests that wait for the database at once, each with a connection."""
 
 
 def create_app(config: settings.Settings) -> FastAPI:
@@ -50,7 +50,7 @@ def create_app(config: settings.Settings) -> FastAPI:
         config: with a `database_url`; routes whose secret is not set are closed.
     """
     assert config.database_url is not None  # noqa: S101 - from_environment() has seen to it
-    database = Database(config.database_url, config.database_schema, name="credits-api", pooled=True)
+    database = Database(config.database_url, config.database_schema, name="credits-api", pool=THREADS)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:

@@ -71,7 +71,7 @@ class _World:
     """A database whose users are refreshed again and again."""
 
     def __init__(self, url: str, change: str) -> None:
-        self._database = Database(url, "credits", pooled=True)
+        self._database = Database(url, "credits", pool=2)
         self.seconds: list[float] = []
         self.sizes: list[dict[str, Any]] = []
         with self._database.statements() as connection:

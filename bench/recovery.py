@@ -108,7 +108,7 @@ def recovery(*, kills: int, users: int) -> None:
     with benchmark("recovery") as (running, report), ExitStack() as stack:
         worlds = Worlds(running, users, name="recovery")
         stack.callback(worlds.drop)
-        database = Database(worlds.template_url, "credits", pooled=True)
+        database = Database(worlds.template_url, "credits", pool=2)
         stack.callback(database.close)
         supervisor = stack.enter_context(Supervisor())
         service = _Stack(running, worlds.template_url, supervisor)

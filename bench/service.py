@@ -87,7 +87,7 @@ def open_timed(database: Database, as_of: datetime | None = None) -> tuple[runs.
 
 def scan(url: str, as_of: datetime | None = None) -> Scanned:
     """Open a run and publish it to the broker of `use_broker()`."""
-    database = Database(url, "credits", pooled=True)  # as a worker has it
+    database = Database(url, "credits", pool=2)  # as a worker has it
     try:
         run, opening_seconds = open_timed(database, as_of)
         started = time.perf_counter()

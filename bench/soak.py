@@ -165,7 +165,7 @@ class _Operators:
     """
 
     def __init__(self, url: str) -> None:
-        self._database = Database(url, "credits", pooled=True)
+        self._database = Database(url, "credits", pool=2)
         self._until_runs = 0
         self._stopped = Event()
 
@@ -360,7 +360,7 @@ def soak(*, all_runs: int, users: int, interval: float, flower: bool) -> None:
     with benchmark("soak") as (running, report), ExitStack() as stack:
         worlds = Worlds(running, users, name="soak", due=_DUE)
         stack.callback(worlds.drop)
-        database = Database(worlds.template_url, "credits", name="soak", pooled=True)
+        database = Database(worlds.template_url, "credits", name="soak", pool=2)
         stack.callback(database.close)
         with _service(running, worlds.template_url, flower=flower) as supervisor:
             observer = _Observer(running, database)

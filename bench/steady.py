@@ -51,7 +51,7 @@ class _Table:
         self.users = users
         self._worlds = Worlds(running, users, name=f"idle_{users}", due=_DUE)
         self._url = self._worlds.template_url
-        self._database = Database(self._url, "credits", pooled=True)
+        self._database = Database(self._url, "credits", pool=2)
         with self._database.statements() as connection:
             connection.execute("ALTER TABLE users SET (autovacuum_enabled = off)")  # it comes when we say so
             self._hour: datetime = one(connection.execute(_BEFORE_FIRST))[0]

@@ -39,7 +39,7 @@ def database() -> Database:
     """This process's pool of connections."""
     if config.database_url is None:
         raise DatabaseError("DATABASE_URL is not set: set it, or let `credits up` start everything with servers.")
-    return Database(config.database_url, config.database_schema, name="credits-worker", pooled=True)
+    return Database(config.database_url, config.database_schema, name="credits-worker", pool=2)
 
 
 def heartbeat_path(kind: Literal["worker", "beat"]) -> Path:

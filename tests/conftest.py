@@ -82,6 +82,6 @@ def database_url(cluster: Cluster) -> Iterator[str]:
 @pytest.fixture
 def database(database_url: str) -> Iterator[Database]:
     """A fresh migrated database."""
-    opened = Database(database_url, "credits", name="test", pooled=True, lock_timeout_ms=LOCK_TIMEOUT_MS)
+    opened = Database(database_url, "credits", name="test", pool=2, lock_timeout_ms=LOCK_TIMEOUT_MS)
     yield opened
     opened.close()

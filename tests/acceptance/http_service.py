@@ -134,7 +134,7 @@ def deployed(cluster: Cluster, folder: Path) -> Iterator[Deployment]:
     """A deployment with every secret set, each process in a role of few rights; its API starts when first asked for."""
     name = cluster.create(cluster.template)
     url = cluster.url(name)
-    database = Database(url, "credits", name="test", pooled=True, lock_timeout_ms=LOCK_TIMEOUT_MS)
+    database = Database(url, "credits", name="test", pool=2, lock_timeout_ms=LOCK_TIMEOUT_MS)
     launcher = Launcher(folder)
     try:
         with database.statements() as connection:

@@ -135,7 +135,7 @@ def a_town(database_url: str, *, prepared: bool = False) -> Iterator[Town]:
         database_url: of the database.
         prepared: it is the copy of a town.
     """
-    database = Database(database_url, "credits", name="credits-worker", pooled=True, lock_timeout_ms=LOCK_TIMEOUT_MS)
+    database = Database(database_url, "credits", name="credits-worker", pool=2, lock_timeout_ms=LOCK_TIMEOUT_MS)
     options = "-c search_path=credits -c timezone=UTC"
     with closing(database):
         with database.statements() as connection:

@@ -185,7 +185,7 @@ def new_world(cluster: Cluster) -> Iterator[World]:
     try:
         url = cluster.url(name)
         with (
-            closing(Database(url, "credits", name="test", pooled=True)) as database,
+            closing(Database(url, "credits", name="test", pool=2)) as database,
             psycopg.connect(
                 url.replace("+psycopg", "", 1), autocommit=True, row_factory=dict_row,
                 options="-c search_path=credits -c timezone=UTC",
