@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import anyio.to_thread
 from asgi_correlation_id import CorrelationIdMiddleware
-from fastapi import Depends
 from fastapi.routing import APIRoute
 
 import logs
@@ -17,7 +16,6 @@ from api.access_log import AccessLog
 from api.body_limit import BodyLimit
 from api.document import Documented
 from api.limits import Limiter
-from api.parameters import known_parameters
 from api.routes import bulk, health, me, reports, reset, run_actions, runs, stripe, users, webhooks
 from api.tokens import Tokens
 from db import CONNECTIONS_MAX, Database
@@ -74,7 +72,7 @@ def create_app(config: settings.Settings) -> FastAPI:
     app.state.limiter = Limiter(config.api_rate_limit, config.broker_url)
     for guarded in (users, bulk, reports, runs, run_actions, reset, me, webhooks):
         responses = problems.GUARDED | problems.documented("invalid-request")
-        app.include_router(guarded.router, responses=responses, dependencies=[Depends(known_parameters)])
+        app.include_router(guarded.router, responses=responses)
     for other in (stripe, health, problems, docs_page):
         app.include_router(other.router)
     problems.install(app)

@@ -1,7 +1,7 @@
 """Who asks, and what they may: the admin token, API keys, users' own tokens, and the cron secret.
 
 A secret that is not set opens nothing. Valid credentials that do not allow a request are answered by 403, all others by
-401.
+401. Whoever may ask is told of parameters that nobody reads; nobody else is.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from fastapi import Depends, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
+from api.parameters import check_parameters
 from api.problems import Problem
 from api.tokens import JwksUnavailableError, Tokens
 from refresh.keys import check_key
@@ -106,23 +107,26 @@ def _same(token: str, secret: SecretStr | None) -> bool:
 
 
 def _require(scope: Scope) -> Callable[[Caller], Awaitable[Caller]]:
-    async def allowed(caller: Annotated[Caller, Depends(identify)]) -> Caller:
+    async def allowed(request: Request, caller: Annotated[Caller, Depends(identify)]) -> Caller:
         if not caller.may(scope):
             raise Problem("forbidden", f"this needs the scope {scope!r}")
+        check_parameters(request)
         return caller
 
     return allowed
 
 
-async def _own(caller: Annotated[Caller, Depends(identify)]) -> Caller:
+async def _own(request: Request, caller: Annotated[Caller, Depends(identify)]) -> Caller:
     if caller.user is None:
         raise Problem("forbidden", "this is for users with their own tokens")
+    check_parameters(request)
     return caller
 
 
-async def _cron(caller: Annotated[Caller, Depends(identify)]) -> Caller:
+async def _cron(request: Request, caller: Annotated[Caller, Depends(identify)]) -> Caller:
     if caller.kind != "cron":
         raise Problem("forbidden", "this is for whoever has the cron secret")
+    check_parameters(request)
     return caller
 
 

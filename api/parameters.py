@@ -8,7 +8,7 @@ from api.problems import InvalidRequestError
 
 
 # A coroutine, though it waits for nothing: a plain function would be given a thread for each request.
-async def known_parameters(request: Request) -> None:
+def check_parameters(request: Request) -> None:
     """Let no parameter pass that the document does not name.
 
     Left unread, `?dryRun=true` would be a refresh, since it belongs in the body, and `?limits=10` a page of fifty.

@@ -284,6 +284,8 @@ def test_a_users_token_never_shows_anybody_else(anybody: httpx.Client, traces: T
     assert not others & told
     if "/api/user/" not in path:
         problem(answer, 403, "forbidden")
+    elif not {"before", "limit"} >= query.keys() or (query and path.endswith("/next-refresh")):
+        problem(answer, 422, "invalid-request")
     elif "before" not in query:
         assert answer.status_code == 200
         assert traces.of[me] & told

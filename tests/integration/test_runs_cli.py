@@ -365,7 +365,8 @@ def test_the_list_of_many_runs_reads_only_its_page(world: World) -> None:
 def list_page(world: World) -> Any:
     from refresh.run_list import _LIST  # noqa: PLC0415 - the statement itself is what is looked at
 
-    values = {"status": None, "kind": None, "source": None, "dry_run": None, "since": None, "before": None, "limit": 20}
+    wanted = ("status", "kind", "source", "dry_run", "of_one", "since", "before")
+    values = {**dict.fromkeys(wanted), "limit": 20}
     (row,) = world.sql.execute(f"EXPLAIN (FORMAT JSON) {_LIST}", values).fetchall()
     return row["QUERY PLAN"]
 
