@@ -71,8 +71,7 @@ def create_app(config: settings.Settings) -> FastAPI:
     app.state.tokens = Tokens(config)
     app.state.limiter = Limiter(config.api_rate_limit, config.broker_url)
     for guarded in (users, bulk, reports, runs, run_actions, reset, me, webhooks):
-        responses = problems.GUARDED | problems.documented("invalid-request")
-        app.include_router(guarded.router, responses=responses)
+        app.include_router(guarded.router, responses=problems.GUARDED)
     for other in (stripe, health, problems, docs_page):
         app.include_router(other.router)
     problems.install(app)

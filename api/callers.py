@@ -106,7 +106,7 @@ def _same(token: str, secret: SecretStr | None) -> bool:
     return hmac.compare_digest(given, wanted)
 
 
-def _require(scope: Scope) -> Callable[[Caller], Awaitable[Caller]]:
+def _require(scope: Scope) -> Callable[[Request, Caller], Awaitable[Caller]]:
     async def allowed(request: Request, caller: Annotated[Caller, Depends(identify)]) -> Caller:
         if not caller.may(scope):
             raise Problem("forbidden", f"this needs the scope {scope!r}")

@@ -7,7 +7,6 @@ from fastapi import Request
 from api.problems import InvalidRequestError
 
 
-# A coroutine, though it waits for nothing: a plain function would be given a thread for each request.
 def check_parameters(request: Request) -> None:
     """Let no parameter pass that the document does not name.
 

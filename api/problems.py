@@ -190,7 +190,7 @@ def documented(*slugs: str) -> dict[int | str, dict[str, Any]]:
     return {status: _schema(same) for status, same in statuses.items()}
 
 
-GUARDED = documented("unauthenticated", "forbidden", "too-many-requests", "unavailable")
+GUARDED = documented("unauthenticated", "forbidden", "invalid-request", "too-many-requests", "unavailable")
 """Of every route that asks who is there."""
 
 
