@@ -10,10 +10,9 @@ import psycopg
 from api.context import this_request
 from api.keys import accepted, claim, replayed
 from api.problems import not_opened
-from celeryconfig import QueueNames
 from refresh import replay, runs
 from refresh.run_list import read_line
-from tasks.publish import publish_queue
+from tasks.publish import publish_asked
 
 if TYPE_CHECKING:
     from fastapi import Response
@@ -74,6 +73,5 @@ def open_and_publish(  # noqa: PLR0913 - the request, its answer, and what is be
         answer = {**read_line(connection, run.run_id).facts(), "existing": run.existing, **(also or {})}
         answer = replay.keep_answer(connection, run.run_id, answer)
     if not run.existing:
-        attempts = config.credit_refresh_max_attempts
-        publish_queue(database, QueueNames.BULK, max_attempts=attempts, run_id=run.run_id)
+        publish_asked(database, run.run_id, max_attempts=config.credit_refresh_max_attempts)
     return answer

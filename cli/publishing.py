@@ -65,10 +65,10 @@ def require_broker(opened: Session) -> None:
 def publish(opened: Session, run_id: UUID) -> int:
     """Publish a run that was opened and committed; returns the batches that the broker took."""
     from tasks.app import use_broker  # noqa: PLC0415 - as above
-    from tasks.publish import publish_batches  # noqa: PLC0415
+    from tasks.publish import publish_asked  # noqa: PLC0415
 
     use_broker(opened.settings.broker_url)
-    return publish_batches(opened.database, max_attempts=opened.settings.credit_refresh_max_attempts, run_id=run_id)
+    return publish_asked(opened.database, run_id, max_attempts=opened.settings.credit_refresh_max_attempts)
 
 
 class Carried(NamedTuple):

@@ -35,6 +35,11 @@ def publish_batches(database: Database, *, max_attempts: int, run_id: UUID | Non
     return sum(publish_queue(database, queue, max_attempts=max_attempts, run_id=run_id) for queue in QueueNames.WORK)
 
 
+def publish_asked(database: Database, run_id: UUID, *, max_attempts: int) -> int:
+    """Publish a run that somebody asked for; see `publish_queue()`. A broker that hangs is waited for once."""
+    return publish_queue(database, QueueNames.BULK, max_attempts=max_attempts, run_id=run_id)
+
+
 def publish_queue(
     database: Database, queue: str, *, max_attempts: int, run_id: UUID | None = None, ring_again: bool = False
 ) -> int:
