@@ -13,13 +13,11 @@ import pytest
 from refresh import webhook_deliveries as deliveries
 from refresh import webhook_endpoints as endpoints
 from refresh.errors import NotFoundError, RefusedError
-from refresh.webhook_events import EVENTS, tell_ping, tell_silence
+from refresh.webhook_events import EVENTS, tell_ping
 from refresh.webhook_outbox import anything_due, claim
 from refresh.webhook_targets import read_target
-from tests import roles
 from tests.integration.command import CREDITS, refused
 from tests.integration.hooks import ALL, deliver, endpoint, now_is_later, outbox, see, write
-from tests.integration.test_grants_cli import connected, denied
 
 if TYPE_CHECKING:
     from tests.integration.command import Cli
@@ -260,46 +258,6 @@ def test_dead_messages_are_listed_by_pages_and_sent_again(world: World, cli: Cli
     assert cli.facts("webhooks", "deliveries", "retry", "--all-dead", "--yes") == {"retried": 2}
     refused(cli("webhooks", "deliveries", "retry", "--all-dead", "--yes"), 2, "there is no dead message")
     assert cli("webhooks", "deliveries", "retry").returncode == 2
-
-
-# --- roles -----------------------------------------------------------------------------------------------------------
-
-
-def test_a_worker_sends_tells_and_tidies_and_adds_no_endpoint(world: World) -> None:
-    added, _ = endpoint(world, "run.finished", no_grants_days=1)
-    write(world, added, 3)
-    world.sql.execute("UPDATE webhook_endpoints SET created_at = now() - interval '3 days'")
-    with roles.made(world.sql, "worker") as role, connected(world, role) as worker:
-        with psycopg.connect(world.sql.info.dsn, user=role, autocommit=True, options="-c search_path=credits") as plain:
-            assert tell_silence(plain) == 1
-            assert anything_due(plain)
-            assert len(claim(plain)) == 4
-            assert deliveries.tidy(plain) == (0, 0)
-        for statement in (
-            "INSERT INTO webhook_endpoints (url, events, created_by) VALUES ('x', '{}', 'x')",
-            "UPDATE webhook_endpoints SET url = 'x'", "UPDATE webhook_endpoints SET secret = 'x'",
-            "DELETE FROM webhook_endpoints", "TRUNCATE webhook_endpoints", "TRUNCATE webhook_deliveries",
-        ):  # fmt: skip
-            denied(worker, statement)
-
-
-def test_a_reader_sees_neither_secrets_nor_addresses_and_a_host_nothing(world: World) -> None:
-    endpoint(world, "run.finished")
-    with roles.made(world.sql, "read") as role, connected(world, role) as reader:
-        reader.execute("SELECT id, events, active, failures FROM webhook_endpoints")
-        reader.execute("SELECT * FROM webhook_deliveries")
-        for statement in (
-            "SELECT secret FROM webhook_endpoints", "SELECT url FROM webhook_endpoints",
-            "UPDATE webhook_endpoints SET active = false", "DELETE FROM webhook_deliveries",
-        ):  # fmt: skip
-            denied(reader, statement)
-    with roles.made(world.sql, "host") as role, connected(world, role) as host:
-        for statement in (
-            "SELECT FROM webhook_endpoints", "SELECT FROM webhook_deliveries",
-            "INSERT INTO webhook_deliveries (endpoint_id, type, payload) VALUES (gen_random_uuid(), 'x', '{}')",
-            "SELECT tell_of_user(u, 'refreshed', 'x', 'x', 1, 1, now(), now(), 1) FROM users AS u",
-        ):  # fmt: skip
-            denied(host, statement)
 
 
 def test_nothing_of_an_endpoint_is_sent_once_it_is_removed(world: World) -> None:

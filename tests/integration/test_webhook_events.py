@@ -10,14 +10,11 @@ import pytest
 from refresh import cancel, totals
 from refresh.batch import GRANT_ALL, GRANT_MANY, GRANT_ONE, TELL_ALL, TELL_MANY, TELL_ONE
 from refresh.work import do_batch, pending_batches
-from tests import roles
 from tests.integration import applying, rollbacks
 from tests.integration.hooks import endpoint, outbox, told
-from tests.integration.test_grants_cli import connected
 from tests.integration.test_isolation import DEFERRED, TRIGGER, poison
 
 if TYPE_CHECKING:
-    from tests.integration.command import Cli
     from tests.integration.world import World
 
 
@@ -225,32 +222,6 @@ def test_a_cancelled_run_tells_so_where_the_cancelling_is_committed(world: World
         cancel.cancel_run(session, run.run_id, actor="kim", reason="no")
     (row,) = outbox(world)
     assert (row["type"], row["payload"]["status"]) == ("run.finished", "cancelled")
-
-
-def test_hosts_that_refresh_by_function_trigger_and_insert_tell_too(world: World, cli: Cli) -> None:
-    """By a role that may not see the outbox."""
-    ada, bob = world.user("ada"), world.user("bob")
-    world.user("eve", credit_refresh_hold=True)
-    cli.says("db", "triggers", "on")
-    endpoint(world, "user.refreshed", "user.held")
-    with roles.made(world.sql, "host") as role, connected(world, role) as host:
-        host.execute("SET timezone = 'America/New_York'")
-        for _ in range(2):
-            host.execute("SELECT refresh_credits_if_due('ada'), refresh_credits_if_due('eve')")
-        host.execute("UPDATE users SET credit_balance = credit_balance - 1 WHERE external_id = 'bob'")
-        host.execute("INSERT INTO users (external_id, plan_code) VALUES ('fay', 'pro')")
-        host.execute("INSERT INTO users (external_id, plan_code, credit_balance) VALUES ('gus', 'pro', 7)")
-    refreshed = {payload["userId"]: payload for payload in told(world, "user.refreshed")}
-    assert {name: payload["source"] for name, payload in refreshed.items()} == {
-        "ada": "function", "bob": "trigger", "fay": "insert",
-    }  # fmt: skip
-    assert (refreshed["fay"]["oldBalance"], refreshed["fay"]["newBalance"]) == (0, 20_000)
-    for user in (ada, bob):
-        (history,) = world.history(user)
-        payload = refreshed[world.see(user)["external_id"]]
-        assert payload["windowEnd"] == iso(world, history["window_end"])
-        assert (payload["runId"], payload["creditsAdded"]) == (None, history["credits_added"])
-    assert [payload["userId"] for payload in told(world, "user.held")] == ["eve"]
 
 
 def test_a_hosts_grant_that_is_rolled_back_tells_nothing(world: World) -> None:
