@@ -76,7 +76,7 @@ class Request:
         correlation_id: of the HTTP request, for the workers' logs and the audit log.
 
     Raises:
-        RefusedError: it is atomic, and has a pace.
+        RefusedError: it is atomic, and has a pace; or its reason or idempotency key is kept for others.
     """
 
     source: Literal["beat", "cli", "api", "cron", "stripe"]
@@ -101,13 +101,13 @@ class Request:
     correlation_id: str | None = None
 
     def __post_init__(self) -> None:
-        """What is one transaction has no pace; what is not Stripe's must not pass for a period that is granted."""
+        """What is one transaction has no pace; nobody passes for Stripe's periods, nor for beat's dry runs."""
+        if self.reason == SCHEDULED and self.source not in {"beat", "cron"}:
+            raise RefusedError(f"the reason {SCHEDULED!r} is that of beat's runs: give another")
         if self.atomic and self.max_users_per_second is not None:
             raise RefusedError("all of them or none is one transaction: it cannot be paced")
         if self.source != "stripe" and (self.idempotency_key or "").startswith(STRIPE_KEYS):
-            raise RefusedError(
-                f"idempotency keys that begin with {STRIPE_KEYS!r} are those of Stripe's billing periods"
-            )
+            raise RefusedError(f"idempotency keys beginning with {STRIPE_KEYS!r} are those of Stripe's billing periods")
 
     def as_things_are(self, *, all_dry: bool) -> Request:
         """The request as it will be carried out: a dry one where every run is."""

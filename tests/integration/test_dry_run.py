@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import pytest
+
 from refresh import runs
+from refresh.errors import RefusedError
 
 if TYPE_CHECKING:
     from tests.integration.world import World
@@ -39,6 +42,12 @@ def test_what_a_dry_run_plans_is_what_the_scan_then_writes(world: World) -> None
     planned = world.rows(query, "planned")
     assert len(planned) == 121
     assert planned == world.rows(query, "refreshed")
+
+
+def test_nobody_passes_for_beat_whose_dry_runs_leave_out_what_is_planned() -> None:
+    """Else `--reason scheduled` would plan nobody who is planned already, and an apply would grant too few."""
+    with pytest.raises(RefusedError, match="'scheduled' is that of beat's runs: give another"):
+        runs.Request("cli", "kim", 100, dry_run=True, reason="scheduled")
 
 
 def test_each_dry_run_that_somebody_asked_for_has_its_own_rows(world: World) -> None:
