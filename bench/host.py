@@ -23,7 +23,7 @@ from refresh import runs
 from refresh.cancel import cancel_run
 from refresh.errors import RefusedError
 from tasks.app import app
-from tasks.publish import publish_batches
+from tasks.publish import publish_asked
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -205,7 +205,7 @@ def _open(url: str, pace: int | None) -> UUID:
         run = runs.open_run(connection, request)
     if not isinstance(run, runs.Opened):
         raise SystemExit(run.text)
-    publish_batches(database, max_attempts=5, run_id=run.run_id)
+    publish_asked(database, run.run_id, max_attempts=5)
     return run.run_id
 
 

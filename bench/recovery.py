@@ -23,7 +23,7 @@ from embedded.processes import Supervisor
 from refresh import runs
 from refresh.selection import Selection
 from tasks.app import use_broker
-from tasks.publish import publish_batches
+from tasks.publish import publish_asked
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -83,7 +83,7 @@ def _open(database: Database, amount: int) -> UUID:
         opened = runs.open_run(connection, request, Selection())
     if not isinstance(opened, runs.Opened):
         raise SystemExit(opened.text)
-    publish_batches(database, max_attempts=5, run_id=opened.run_id)
+    publish_asked(database, opened.run_id, max_attempts=5)
     return opened.run_id
 
 

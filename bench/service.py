@@ -16,7 +16,7 @@ from embedded import Servers
 from embedded.processes import Supervisor
 from refresh import delivery, runs
 from tasks.app import app, use_broker
-from tasks.publish import publish_batches
+from tasks.publish import publish_asked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -91,7 +91,7 @@ def scan(url: str, as_of: datetime | None = None) -> Scanned:
     try:
         run, opening_seconds = open_timed(database, as_of)
         started = time.perf_counter()
-        publish_batches(database, max_attempts=5, run_id=run.run_id)
+        publish_asked(database, run.run_id, max_attempts=5)
         return Scanned(run.run_id, opening_seconds, time.perf_counter() - started)
     finally:
         database.close()

@@ -30,7 +30,7 @@ from embedded.processes import Supervisor
 from refresh import rollback, runs, verify
 from refresh.selection import Selection
 from tasks.app import app, use_broker
-from tasks.publish import publish_batches
+from tasks.publish import publish_asked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -214,7 +214,7 @@ class _Operators:
             opened = open_(connection)
         if not isinstance(opened, runs.Opened):
             raise SystemExit(opened.text)
-        publish_batches(self._database, max_attempts=5, run_id=opened.run_id)
+        publish_asked(self._database, opened.run_id, max_attempts=5)
         self._await(_ENDED, opened.run_id)
         return opened.run_id
 

@@ -22,13 +22,15 @@ from refresh.errors import KeyReusedError, NobodyError, RefusedError
 from refresh.pacing import batch_users
 from refresh.partitions import ensure_partitions
 from refresh.schedule import slot_at
-from refresh.selection import Chosen, Selection
+from refresh.selection import Selection
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from datetime import datetime
 
     import psycopg
+
+    from refresh.selection import Chosen
 
 SCHEDULED = "scheduled"
 """The reason that runs of beat and of cron services carry. The unique index over planned windows names it
@@ -162,15 +164,6 @@ class NotOpened:
 # In a statement of its own: the scan's snapshot must be younger than the lock, or it would not see the batches of the
 # run that it waited for.
 _LOCK = "SELECT pg_advisory_xact_lock(hashtextextended(current_schema() || '.open_run', 0))"
-
-# Stale statistics, or none, make a scan of the whole table look cheap. And they make a bitmap scan look cheap, which
-# crosses the dead entries of everybody refreshed since the last vacuum again each hour: they all lie where the scan
-# begins. So the first user is looked for before, by a scan of the index that marks them dead for all that follow.
-_BY_INDEX = """
-SELECT
-    set_config('enable_seqscan', 'off', true),
-    (SELECT id FROM users WHERE wake_at <= coalesce(%(as_of)s::timestamptz, now()) ORDER BY wake_at LIMIT 1)
-"""
 
 _SITUATION = """
 SELECT
@@ -342,9 +335,15 @@ def open_run(
     request = admitted
     if request.as_of is not None:
         ensure_partitions(connection, until=request.as_of)
-    if asked is None and not request.force:
-        connection.execute(_BY_INDEX, {"as_of": request.as_of})
-    opened = cut(connection, request, _chosen(request, asked), even_empty=asked is None and even_empty)
+    chosen = selection.choose(
+        connection,
+        asked,
+        as_of=request.as_of,
+        force=request.force,
+        dry_run=request.dry_run,
+        unplanned=request.dry_run and request.reason == SCHEDULED,
+    )
+    opened = cut(connection, request, chosen, even_empty=asked is None and even_empty)
     if opened is None:
         raise NobodyError("nobody matches: no run was opened")
     if request.atomic and opened.users_selected > ATOMIC_USERS_MAX:
@@ -353,18 +352,6 @@ def open_run(
             f"{ATOMIC_USERS_MAX:,} at most; no run was opened"
         )
     return opened
-
-
-def _chosen(request: Request, asked: Selection | None) -> Chosen:
-    wanted = asked or Selection()
-    taken = selection.NOBODY if request.dry_run else selection.TAKEN
-    if asked is None and not request.force:
-        again = request.dry_run and request.reason == SCHEDULED
-        text = selection.DUE.format(taken=selection.PLANNED if again else taken)
-    else:
-        matching = selection.MATCHING_LISTED if wanted.listed else selection.MATCHING
-        text = selection.ASKED.format(taken=taken, matching=matching)
-    return Chosen(text, wanted.parameters(), wanted.facts(force=request.force))
 
 
 def open_scheduled_run(  # noqa: PLR0913 - one for each setting

@@ -10,8 +10,12 @@ from dataclasses import asdict, dataclass
 from datetime import datetime  # noqa: TC003 - asdict() and the tests read the annotations
 from typing import TYPE_CHECKING, Any
 
+from db import one
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    import psycopg
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +89,10 @@ FROM credit_refresh_histories AS h JOIN users AS u ON u.id = h.user_id
 WHERE h.status = 'planned' AND h.reason = 'scheduled' AND h.window_start >= u.next_refresh_at AND h.window_end > now()
 """
 
-# Of a plan that is atomic, all users in one batch.
-_WHOLE = "CASE WHEN %(atomic)s THEN '' WHEN p.atomic THEN p.code END"
+# Of a plan that is atomic, all users in one batch. Where no plan is, PostgreSQL has to know it when it plans: sorted by
+# one number instead of a text and a number, a million users are cut in half the time.
+_WHOLE = "CASE WHEN %(atomic)s THEN '' WHEN %(atomic_plans)s AND p.atomic THEN p.code END"
+_ATOMIC_PLANS = "SELECT EXISTS (SELECT FROM plans WHERE atomic)"
 _AWAKE = "u.wake_at <= coalesce(%(as_of)s::timestamptz, now())"
 _HAS_DATES = "p.active AND p.cadence <> 'external'"
 IS_DUE = f"{_AWAKE} AND {_HAS_DATES}"
@@ -95,12 +101,21 @@ DUE = f"""
 taken AS MATERIALIZED ({{taken}}),
 selected AS (
     SELECT u.id, {_WHOLE} AS whole
-    -- The fence leaves the wake index as the one way in (`runs.open_run()`): the join below could use the key's order.
+    -- The fence leaves the wake index as the one way in (`choose()`): the join below could use the key's order.
     FROM (SELECT u.id, u.plan_code FROM users AS u WHERE {_AWAKE} OFFSET 0) AS u
     JOIN plans AS p ON p.code = u.plan_code
     WHERE {_HAS_DATES} AND NOT EXISTS (SELECT FROM taken AS t WHERE t.user_id = u.id)
 )
 """  # noqa: S608 - texts of this module alone
+
+# Stale statistics, or none, make a scan of the whole table look cheap. And they make a bitmap scan look cheap, which
+# crosses the dead entries of everybody refreshed since the last vacuum again each hour: they all lie where the scan
+# begins. So the first user is looked for before, by a scan of the index that marks them dead for all that follow.
+_BY_INDEX = """
+SELECT
+    set_config('enable_seqscan', 'off', true),
+    (SELECT id FROM users WHERE wake_at <= coalesce(%(as_of)s::timestamptz, now()) ORDER BY wake_at LIMIT 1)
+"""
 
 # The parameters are known when PostgreSQL plans, so what was not asked for costs nothing.
 MATCHING = """
@@ -122,3 +137,33 @@ selected AS (
         AND NOT EXISTS (SELECT FROM taken AS t WHERE t.user_id = u.id)
 )
 """  # noqa: S608 - texts of this module alone
+
+
+def choose(  # noqa: PLR0913 - what a request is made of
+    connection: psycopg.Connection[Any],
+    asked: Selection | None,
+    *,
+    as_of: datetime | None,
+    force: bool,
+    dry_run: bool,
+    unplanned: bool,
+) -> Chosen:
+    """Whom a run that refreshes is for; to be cut in the same transaction.
+
+    Args:
+        connection: in a transaction that holds the door.
+        asked: of whom; None: of all who are due.
+        as_of: the instant at which they are; None: now.
+        force: those too who are not due.
+        dry_run: whoever is in another run's batches is planned all the same.
+        unplanned: leave out whose window is planned already.
+    """
+    wanted = asked or Selection()
+    taken = NOBODY if dry_run else TAKEN
+    if asked is None and not force:
+        connection.execute(_BY_INDEX, {"as_of": as_of})
+        text = DUE.format(taken=PLANNED if unplanned else taken)
+    else:
+        text = ASKED.format(taken=taken, matching=MATCHING_LISTED if wanted.listed else MATCHING)
+    (atomic_plans,) = one(connection.execute(_ATOMIC_PLANS))
+    return Chosen(text, {**wanted.parameters(), "atomic_plans": atomic_plans}, wanted.facts(force=force))

@@ -30,13 +30,8 @@ MESSAGES_AT_ONCE = 20
 log: structlog.stdlib.BoundLogger = structlog.get_logger("credits.publish")
 
 
-def publish_batches(database: Database, *, max_attempts: int, run_id: UUID | None = None) -> int:
-    """Publish what has not been published yet; see `publish_queue()`."""
-    return sum(publish_queue(database, queue, max_attempts=max_attempts, run_id=run_id) for queue in QueueNames.WORK)
-
-
 def publish_asked(database: Database, run_id: UUID, *, max_attempts: int) -> int:
-    """Publish a run that somebody asked for; see `publish_queue()`. A broker that hangs is waited for once."""
+    """Publish a run that somebody asked for; see `publish_queue()`."""
     return publish_queue(database, QueueNames.BULK, max_attempts=max_attempts, run_id=run_id)
 
 
@@ -68,13 +63,14 @@ def publish_queue(
         room = delivery.QUEUE_DEEP_MESSAGES - messages_waiting(queue)
         for paced in (False, True):  # the quick ones first
             ids_max = delivery.message_ids_max(paced=paced)
-            while room > 0 and (
-                batch_ids := _claim(
-                    database, replace(claim, paced=paced, limit=min(delivery.CLAIM_LIMIT, room * ids_max))
-                )
-            ):
-                room -= _send(queue, delivery.messages(batch_ids, paced=paced))
-                published += len(batch_ids)
+            more = True
+            while more and room > 0:
+                limit = min(delivery.CLAIM_LIMIT, room * ids_max)
+                batch_ids = _claim(database, replace(claim, paced=paced, limit=limit))
+                more = len(batch_ids) == limit
+                if batch_ids:
+                    room -= _send(queue, delivery.messages(batch_ids, paced=paced))
+                    published += len(batch_ids)
     except REFUSED as error:
         log.warning(f"{logs.PREFIX} The broker did not take the batches; upkeep publishes them", error=str(error))
         with database.transaction() as connection:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import structlog
 
 import logs
-from celeryconfig import TaskNames
+from celeryconfig import QueueNames, TaskNames
 from refresh import runs
 from tasks.app import app, config, database
-from tasks.publish import publish_batches
+from tasks.publish import publish_queue
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("credits.scan")
 
@@ -36,5 +36,10 @@ def open_current_slot() -> runs.Opened | runs.NotOpened:
         )
     if isinstance(opened, runs.Opened):
         log.info(f"{logs.PREFIX} Starting batch refresh...", **opened.facts())
-        publish_batches(database(), max_attempts=config.credit_refresh_max_attempts, run_id=opened.run_id)
+        publish_queue(
+            database(),
+            QueueNames.BATCHES,
+            max_attempts=config.credit_refresh_max_attempts,
+            run_id=opened.run_id,
+        )
     return opened

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from celeryconfig import QueueNames
 from refresh import runs
 from tasks.app import use_broker
-from tasks.publish import publish_batches
+from tasks.publish import publish_queue
 
 if TYPE_CHECKING:
     from db import Database
@@ -34,7 +35,7 @@ def test_the_hourly_refresh_does_not_wait_behind_a_bulk_run(
     )
     with ledger.gate() as gate:
         use_broker(service.app.conf.broker_url)
-        assert publish_batches(database, max_attempts=5) == BULK_USERS // BATCH_SIZE
+        assert publish_queue(database, QueueNames.BULK, max_attempts=5) == BULK_USERS // BATCH_SIZE
         service.until(lambda: len(gate.held()) == 1, "the worker is busy with the bulk run")
         # The scan's message waits for the worker as well; whoever opens the slot, its batches come second.
         with database.transaction() as connection:
@@ -43,7 +44,7 @@ def test_the_hourly_refresh_does_not_wait_behind_a_bulk_run(
             )
         assert isinstance(hourly, runs.Opened)
         assert hourly.users_selected == HOURLY_USERS
-        assert publish_batches(database, max_attempts=5, run_id=hourly.run_id) == HOURLY_USERS // 100
+        assert publish_queue(database, QueueNames.BATCHES, max_attempts=5) == HOURLY_USERS // 100
     service.until_finished(hourly.run_id)
     behind = ledger.value(
         """

@@ -16,7 +16,7 @@ from celeryconfig import QueueNames, TaskNames
 from refresh import runs
 from refresh.cancel import cancel_run
 from tasks.app import use_broker
-from tasks.publish import publish_batches
+from tasks.publish import publish_asked
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -59,7 +59,7 @@ def asked_for(service: Service, ledger: Ledger, database: Database, users: int, 
         run = runs.open_run(connection, runs.Request("cli", "test", BATCH_SIZE, max_users_per_second=pace))
     assert isinstance(run, runs.Opened)
     use_broker(service.app.conf.broker_url)
-    publish_batches(database, max_attempts=5, run_id=run.run_id)
+    publish_asked(database, run.run_id, max_attempts=5)
     return run.run_id
 
 

@@ -10,7 +10,7 @@ import pytest
 from celeryconfig import QueueNames
 from tasks import broker
 from tasks.app import app, use_broker
-from tasks.publish import publish_batches
+from tasks.publish import publish_queue
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,7 +37,7 @@ def test_queues_are_counted_and_what_is_not_acknowledged(world: World, redis: An
     assert broker.read_queues() == broker.Queues(waiting, unacked=0)
     world.users(3)
     world.scan(batch_size=1)
-    publish_batches(world.database, max_attempts=5)
+    publish_queue(world.database, QueueNames.BULK, max_attempts=5)
     redis.hset("unacked", "of another program", "taken")
     try:
         assert broker.read_queues() == broker.Queues({**waiting, QueueNames.BULK: 3}, unacked=1)

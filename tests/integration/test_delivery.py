@@ -11,7 +11,7 @@ from celeryconfig import QueueNames
 from refresh import delivery, runs, totals
 from refresh.switch import turn
 from tasks.app import app, use_broker
-from tasks.publish import messages_waiting, publish_batches
+from tasks.publish import messages_waiting, publish_asked, publish_queue
 
 if TYPE_CHECKING:
     import embedded
@@ -246,7 +246,7 @@ def test_a_broker_that_is_gone_costs_a_delay_and_no_attempt(world: World) -> Non
     world.users(150)
     run = world.scan()
     use_broker("redis://127.0.0.1:1/0")
-    assert publish_batches(world.database, max_attempts=5, run_id=run.run_id) == 0
+    assert publish_asked(world.database, run.run_id, max_attempts=5) == 0
     batches = world.rows("SELECT published_at, attempts FROM credit_refresh_batches")
     assert batches == [{"published_at": None, "attempts": 0}] * 2
 
@@ -259,7 +259,7 @@ def test_a_run_of_more_batches_than_are_claimed_at_once_is_published_whole(
     use_broker(servers.redis_url)
     app.control.purge()  # other tests leave their messages in the same Redis
     try:
-        assert publish_batches(world.database, max_attempts=5, run_id=run.run_id) == delivery.CLAIM_LIMIT + 1
+        assert publish_asked(world.database, run.run_id, max_attempts=5) == delivery.CLAIM_LIMIT + 1
         assert messages_waiting(QueueNames.BULK) == len(delivery.messages(list(range(delivery.CLAIM_LIMIT)))) + 1
     finally:
         app.control.purge()
@@ -293,13 +293,13 @@ def test_publishing_waits_while_the_queue_is_deep(
     app.control.purge()
     try:
         world.scan(batch_size=1)
-        first = publish_batches(world.database, max_attempts=5)
+        first = publish_queue(world.database, QueueNames.BULK, max_attempts=5)
         waiting = world.value("SELECT count(*) FROM credit_refresh_batches WHERE published_at IS NULL AND attempts = 0")
         assert (first, waiting) == (3 * delivery.MESSAGE_IDS_MAX, 2)
         assert messages_waiting(QueueNames.BULK) >= delivery.QUEUE_DEEP_MESSAGES
-        assert publish_batches(world.database, max_attempts=5) == 0
+        assert publish_queue(world.database, QueueNames.BULK, max_attempts=5) == 0
         app.control.purge()
-        assert publish_batches(world.database, max_attempts=5) == waiting
+        assert publish_queue(world.database, QueueNames.BULK, max_attempts=5) == waiting
     finally:
         app.control.purge()
 
@@ -314,7 +314,8 @@ def test_each_kind_of_run_has_its_queue(world: World, servers: embedded.Servers)
         scheduled = world.scheduled()
         assert isinstance(scheduled, runs.Opened)
         assert scheduled.users_selected == 1
-        assert publish_batches(world.database, max_attempts=5) == 2
+        for queue in QueueNames.WORK:
+            assert publish_queue(world.database, queue, max_attempts=5) == 1
         assert [messages_waiting(queue) for queue in QueueNames.WORK] == [1, 1]
     finally:
         app.control.purge()

@@ -144,7 +144,7 @@ HELD_USERS = 100_000
 
 def scanned_blocks(world: World, *, finds: int = 100) -> int:
     world.sql.execute("VACUUM (ANALYZE, INDEX_CLEANUP on) users")
-    parameters = {"as_of": None, "atomic": False}
+    parameters = {"as_of": None, "atomic": False, "atomic_plans": False}
     with world.sql.cursor() as cursor:
         # Once to fill the caches of the session: its first look at a table reads the catalogue, too.
         for _ in range(2):

@@ -20,7 +20,7 @@ from refresh.pacing import take_turn
 from refresh.switch import turn
 from refresh.work import pending_batches
 from tasks.app import app, use_broker
-from tasks.publish import messages_waiting, publish_batches
+from tasks.publish import messages_waiting, publish_queue
 from tests.integration.command import refused
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def test_a_locked_run_is_nobodys_attempt(world: World) -> None:
 def test_a_paced_batch_has_a_message_of_its_own(world: World) -> None:
     world.users(200)
     world.scan(max_users_per_second=10)
-    assert publish_batches(world.database, max_attempts=5) == 200
+    assert publish_queue(world.database, QueueNames.BULK, max_attempts=5) == 200
     assert messages_waiting(QueueNames.BULK) == 200
 
 
@@ -205,7 +205,7 @@ def test_a_queue_has_room_for_so_many_messages_whoever_publishes(world: World, m
     world.user("quick")
     world.scan()
     # The quick ones first.
-    assert publish_batches(world.database, max_attempts=5) == 5
+    assert publish_queue(world.database, QueueNames.BULK, max_attempts=5) == 5
     assert messages_waiting(QueueNames.BULK) == 5
     quick = "SELECT published_at IS NOT NULL AS it FROM credit_refresh_batches WHERE user_ids = ARRAY[21::bigint]"
     assert world.value(quick)
