@@ -19,6 +19,8 @@ from tasks.broker import is_amqp, queue_length
 if TYPE_CHECKING:
     from uuid import UUID
 
+    from kombu import Connection
+
     from db import Database
 
 # What a broker that is gone, full or slow raises: kombu wraps some of it and passes on the rest.
@@ -60,17 +62,18 @@ def publish_queue(
     published = 0
     batch_ids: list[int] = []
     try:
-        room = delivery.QUEUE_DEEP_MESSAGES - messages_waiting(queue)
-        for paced in (False, True):  # the quick ones first
-            ids_max = delivery.message_ids_max(paced=paced)
-            more = True
-            while more and room > 0:
-                limit = min(delivery.CLAIM_LIMIT, room * ids_max)
-                batch_ids = _claim(database, replace(claim, paced=paced, limit=limit))
-                more = len(batch_ids) == limit
-                if batch_ids:
-                    room -= _send(queue, delivery.messages(batch_ids, paced=paced))
-                    published += len(batch_ids)
+        with app.connection_for_write() as broker:
+            room = delivery.QUEUE_DEEP_MESSAGES - queue_length(broker, queue)
+            for paced in (False, True):  # the quick ones first
+                ids_max = delivery.message_ids_max(paced=paced)
+                more = True
+                while more and room > 0:
+                    limit = min(delivery.CLAIM_LIMIT, room * ids_max)
+                    batch_ids = _claim(database, replace(claim, paced=paced, limit=limit))
+                    more = len(batch_ids) == limit
+                    if batch_ids:
+                        room -= _send(broker, queue, delivery.messages(batch_ids, paced=paced))
+                        published += len(batch_ids)
     except REFUSED as error:
         log.warning(f"{logs.PREFIX} The broker did not take the batches; upkeep publishes them", error=str(error))
         with database.transaction() as connection:
@@ -83,10 +86,10 @@ def _claim(database: Database, claim: delivery.Claim) -> list[int]:
         return delivery.claim_batches(connection, claim)
 
 
-def _send(queue: str, messages: list[list[int]]) -> int:
+def _send(broker: Connection, queue: str, messages: list[list[int]]) -> int:
     task: Any = app.tasks[TaskNames.BATCH]  # its type stubs know few of Celery's options
     producers: Any = app.amqp  # the type stubs do not know batch(), new in kombu 5.7
-    with app.connection_for_write() as broker, producers.Producer(broker) as producer, producer.batch(MESSAGES_AT_ONCE):
+    with producers.Producer(broker) as producer, producer.batch(MESSAGES_AT_ONCE):
         amqp = is_amqp(broker)
         try:
             producer.maybe_declare(app.amqp.queues[queue])
