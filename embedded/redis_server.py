@@ -15,10 +15,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
-
 from embedded.errors import EmbeddedError
 from embedded.folders import Folders, make_private, remove_tree
 from embedded.log import excerpt, fresh_log
@@ -127,18 +123,12 @@ class Redis:
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + _START_SECONDS
-        with _client(self.folders) as client:
-            while True:
-                if self.process.poll() is not None:
-                    raise EmbeddedError(f"Redis does not start: {excerpt(self.log)}")
-                try:
-                    client.ping()
-                except redis.exceptions.RedisError as error:  # not listening yet, or still loading
-                    if time.monotonic() > deadline:
-                        raise EmbeddedError(f"Redis does not answer ({error}): {excerpt(self.log)}") from error
-                    time.sleep(_POLL_SECONDS)
-                else:
-                    return
+        while (trouble := _trouble(self.folders)) is not None:  # not listening yet, or still loading
+            if self.process.poll() is not None:
+                raise EmbeddedError(f"Redis does not start: {excerpt(self.log)}")
+            if time.monotonic() > deadline:
+                raise EmbeddedError(f"Redis does not answer ({trouble}): {excerpt(self.log)}")
+            time.sleep(_POLL_SECONDS)
 
     def stop(self) -> None:
         """Write everything down and stop; bounded by 10 s, after which it is killed."""
@@ -153,12 +143,7 @@ def url(folders: Folders) -> str:
 
 def answers(folders: Folders) -> bool:
     """Whether an instance's Redis takes commands."""
-    with _client(folders) as client:
-        try:
-            client.ping()
-        except redis.exceptions.RedisError:
-            return False
-    return True
+    return _trouble(folders) is None
 
 
 def wipe(folders: Folders) -> None:
@@ -174,9 +159,21 @@ def _socket(folders: Folders) -> Path:
     return folders.redis_socket / "redis.sock"
 
 
-def _client(folders: Folders) -> redis.Redis:
+def _trouble(folders: Folders) -> str | None:
+    """Why an instance's Redis takes no commands; None: it takes them."""
+    # Importing the client takes a third of a second: commands on servers of one's own have no use for it.
+    from redis import Redis as Client  # noqa: PLC0415
+    from redis.backoff import NoBackoff  # noqa: PLC0415
+    from redis.exceptions import RedisError  # noqa: PLC0415
+    from redis.retry import Retry  # noqa: PLC0415
+
     once = Retry(NoBackoff(), 0)  # the client's own ten retries would keep us from seeing that the server has ended
-    return redis.Redis(unix_socket_path=str(_socket(folders)), socket_timeout=5, retry=once)
+    with Client(unix_socket_path=str(_socket(folders)), socket_timeout=5, retry=once) as client:
+        try:
+            client.ping()
+        except RedisError as error:
+            return str(error)
+    return None
 
 
 def _configuration(folders: Folders) -> str:
