@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
-import subprocess
 import uuid
 import zlib
 from typing import TYPE_CHECKING, Any
 
 from celeryconfig import DEAD_LETTERS_MAX, QueueNames, TaskNames
-from tests.integration.command import CREDITS
+from tests.integration.forked import credits  # noqa: A004
 
 if TYPE_CHECKING:
     from tests.acceptance.ledger import Ledger
@@ -96,9 +95,7 @@ def raw(message: object) -> bytes:
 
 def ask(service: Service, *arguments: str) -> Any:
     """What a command says in JSON."""
-    done = subprocess.run(
-        [CREDITS, *arguments, "--json"], env=service.env, capture_output=True, text=True, check=False, timeout=60
-    )
+    done = credits([*arguments, "--json"], service.env)
     assert "Traceback" not in done.stderr, done.stderr
     return json.loads(done.stdout)
 

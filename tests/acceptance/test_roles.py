@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from celeryconfig import TaskNames
 from tests import roles
-from tests.integration.command import CREDITS
+from tests.integration.forked import credits  # noqa: A004
 from tests.integration.test_isolation import RAISES, TRIGGER
 
 if TYPE_CHECKING:
@@ -32,8 +31,7 @@ def default_worker_env(default_worker_env: dict[str, str], database: Database) -
 
 def ask(service: Service, *arguments: str) -> Any:
     """What a command answers that runs beside the worker, as its role."""
-    command = [str(CREDITS), *arguments, "--json"]
-    done = subprocess.run(command, env=service.env, capture_output=True, text=True, check=False, timeout=60)
+    done = credits([*arguments, "--json"], service.env)
     assert done.returncode in {0, 3}, done
     return json.loads(done.stdout)
 

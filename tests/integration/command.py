@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import settings
+from tests.integration.forked import credits  # noqa: A004
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Iterator
 
 CREDITS = Path(sys.executable).parent / "credits"
@@ -25,11 +26,7 @@ class Cli:
         self.environment = settings.environment(DATABASE_URL=database_url, REDIS_URL=redis_url, COLUMNS="200")
 
     def __call__(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [CREDITS, *arguments],
-            capture_output=True, text=True, check=False, timeout=60, stdin=subprocess.DEVNULL,
-            env={**self.environment, **variables},
-        )  # fmt: skip
+        return credits(arguments, {**self.environment, **variables})
 
     def says(self, *arguments: str) -> str:
         """The answer of a command that succeeds."""

@@ -9,8 +9,7 @@ which says when a grant was really made.
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
+import shlex
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, time, timedelta
@@ -307,24 +306,11 @@ class Play:
 
 
 # In one process, because most of a command's time goes into its imports.
-_COMMANDS = """
-import shlex, sys
-from cli import main
-for line in sys.stdin:
-    main(shlex.split(line), standalone_mode=False)
-"""
-
-
 def set_up(cli: Cli, page: str) -> list[str]:
     """Run the commands of a page that set its plans and the trigger up, and return what they answer."""
     text = "".join(_blocks(page, "sh")).replace("\\\n", " ")
     commands = re.findall(r"^credits ((?:plans set|db triggers) .*\n)", text, re.MULTILINE)
-    done = subprocess.run(
-        [sys.executable, "-c", _COMMANDS],
-        input="".join(commands), capture_output=True, text=True, check=False, timeout=60, env=cli.environment,
-    )  # fmt: skip
-    assert done.returncode == 0, done
-    return done.stdout.splitlines()
+    return [line for command in commands for line in cli.says(*shlex.split(command)).splitlines()]
 
 
 def try_sql(world: World, page: str) -> None:

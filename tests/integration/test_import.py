@@ -22,6 +22,7 @@ import pytest
 import settings
 from refresh.import_columns import COLUMNS
 from refresh.imports import Report
+from tests.integration.forked import credits  # noqa: A004
 from tests.integration.imports import load, users
 
 if TYPE_CHECKING:
@@ -52,15 +53,8 @@ class Command:
         return path
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [CREDITS, "users", "import", *arguments],
-            cwd=self.folder,
-            env=settings.environment(DATABASE_URL=self.database_url),
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=120,
-        )
+        environment = settings.environment(DATABASE_URL=self.database_url)
+        return credits(["users", "import", *arguments], environment, folder=self.folder)
 
     def json(self, *arguments: str) -> dict[str, Any]:
         done = self.run(*arguments, "--json")
