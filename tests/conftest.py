@@ -13,7 +13,7 @@ import embedded
 import settings
 from cli.database import migrate
 from db import Database
-from tests.cluster import Cluster
+from tests.cluster import Cluster, tablespace
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -61,14 +61,15 @@ def servers(request: pytest.FixtureRequest) -> Iterator[embedded.Servers]:
 
 
 @pytest.fixture(scope="session")
-def cluster(servers: embedded.Servers) -> Cluster:
-    made = Cluster(servers, template="credits_template")
-    with made.admin() as connection:
-        connection.execute("CREATE DATABASE credits_template")
-    template = Database(made.url(made.template), "credits")
-    migrate(template)
-    template.close()
-    return made
+def cluster(servers: embedded.Servers) -> Iterator[Cluster]:
+    with tablespace(servers) as name:
+        made = Cluster(servers, "credits_template", name)
+        with made.admin() as connection:
+            connection.execute("CREATE DATABASE credits_template")
+        template = Database(made.url(made.template), "credits")
+        migrate(template)
+        template.close()
+        yield made
 
 
 @pytest.fixture
