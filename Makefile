@@ -11,6 +11,9 @@ export PYTHON
 ARGS ?=
 UV := requirements/uv.sh
 
+# Where it is set, as in many containers, each process compiles all that it imports anew: two fifths of a command.
+unexport PYTHONDONTWRITEBYTECODE
+
 # A virtual environment does not survive a move, a copy or a removed Python: then it is built anew.
 $(shell { [ "$$(cat .venv/.ready)" = "$$(pwd -P)" ] && .venv/bin/python -c ''; } 2>/dev/null || rm -f .venv/.ready)
 
