@@ -206,6 +206,15 @@ def test_the_scan_goes_by_the_wake_index(crowd: psycopg.Connection[Any], explain
     assert sum(statement.blocks for statement in explained[:-1]) < 20
 
 
+def test_the_scan_sorts_by_numbers_where_no_plan_is_atomic(crowd: psycopg.Connection[Any]) -> None:
+    """Planned for the values at hand: a text in the first key makes a large scan take twice as long."""
+    with explaining(crowd.info.dsn, "force_custom_plan") as explainer:
+        cut = explainer.explain(scan)[-1]
+    keys = [key for node in cut.nodes for key in node.get("Sort Key", ())]
+    assert keys
+    assert not [key for key in keys if "CASE" in key]
+
+
 @pytest.mark.parametrize(
     ("grant", "users", "blocks_a_user"),
     [
