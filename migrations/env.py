@@ -29,13 +29,13 @@ def _partitions(connection: Connection) -> frozenset[str]:
 
 
 def _migrate(connection: Connection, schema: str) -> None:
-    # IF NOT EXISTS would ask for the right to create schemas even where ours is there.
-    if connection.execute(text("SELECT to_regnamespace(:schema) IS NULL"), {"schema": schema}).scalar_one():
-        connection.execute(text(f'CREATE SCHEMA "{schema}"'))  # a checked identifier: settings.py
-    connection.execute(text(f"SET lock_timeout = '{LOCK_TIMEOUT}'"))
-    connection.execute(text(f"SET statement_timeout = '{STATEMENT_TIMEOUT}'"))
-    partitions = _partitions(connection)
-    connection.commit()  # Alembic opens its own transaction, one per migration
+    with connection.begin():  # Alembic then opens its own, one per migration
+        # IF NOT EXISTS would ask for the right to create schemas even where ours is there.
+        if connection.execute(text("SELECT to_regnamespace(:schema) IS NULL"), {"schema": schema}).scalar_one():
+            connection.execute(text(f'CREATE SCHEMA "{schema}"'))  # a checked identifier: settings.py
+        connection.execute(text(f"SET lock_timeout = '{LOCK_TIMEOUT}'"))
+        connection.execute(text(f"SET statement_timeout = '{STATEMENT_TIMEOUT}'"))
+        partitions = _partitions(connection)
 
     def ours(name: str | None, type_: str, _parents: MutableMapping[Any, Any]) -> bool:
         return not (type_ == "table" and name in partitions)

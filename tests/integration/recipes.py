@@ -305,7 +305,6 @@ class Play:
         assert {row["action"]: row["rows"] for row in audited} == {name: n for name, n in expected.items() if n}
 
 
-# In one process, because most of a command's time goes into its imports.
 def set_up(cli: Cli, page: str) -> list[str]:
     """Run the commands of a page that set its plans and the trigger up, and return what they answer."""
     text = "".join(_blocks(page, "sh")).replace("\\\n", " ")

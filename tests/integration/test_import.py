@@ -8,12 +8,10 @@ import json
 import os
 import struct
 import subprocess
-import sys
 import termios
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -22,13 +20,15 @@ import pytest
 import settings
 from refresh.import_columns import COLUMNS
 from refresh.imports import Report
+from tests.integration.command import CREDITS
 from tests.integration.forked import credits  # noqa: A004
 from tests.integration.imports import load, users
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.integration.world import World
 
-CREDITS = str(Path(sys.executable).with_name("credits"))
 MEGABYTE = 1_048_576
 
 FULL = """\

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import psycopg
 import pytest
 
-from refresh import stripe_inbox
+from refresh import stripe_events, stripe_inbox
 from tests import roles
 from tests.integration import billing
 from tests.integration.billing import Price, Subscription, deliver
@@ -78,7 +79,9 @@ def test_replay_says_what_could_not_be_processed(world: World, cli: Cli, ada: in
     raw = Subscription(metadata={"userId": "ada"}).says("created")
     with world.host() as host, world.database.statements() as connection:
         host.execute("SELECT FROM users FOR UPDATE")
-        stripe_inbox.store(connection, raw)
+        connection.execute("SET lock_timeout = '100ms'")  # a test's own is a hundred times as long
+        with pytest.raises(psycopg.errors.LockNotAvailable):
+            stripe_events.process(connection, stripe_inbox.store(connection, raw), billing.TERMS)
         done = cli("webhooks", "replay", raw["id"])
         assert done.returncode == 3, done
         assert raw["id"] in done.stderr
