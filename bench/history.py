@@ -8,6 +8,8 @@ from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from typing import TYPE_CHECKING
 
 import click
@@ -28,24 +30,31 @@ BAR = 1.2
 """Times from a million rows to a hundred million: the issue's bar."""
 HUGE = 100_000_000
 _FROM, _TO = 1_000_000, HUGE
-_MONTHS = 12
 _USERS_A_DUE = 5
 """Users in the table for each who is due: those lie scattered, and so do their entries in the indexes."""
 
 # How the rows lie over the partitions, by how many months they reach back. A year is what a service has after one; all
 # of them in the one month that the batches write to is the worst that can be.
-LAYOUTS = {"over 12 months": _MONTHS, "all in this month": 1}
+LAYOUTS = {12: "over 12 months", 1: "all in this month"}
 
-# Users take turns, as in the course of a month; a user has so many windows as there are rows.
+# The first change of a page after a checkpoint writes the whole page to PostgreSQL's log. Among few rows, many users
+# share a page of the index by user; among many, each has one of their own.
+PHASES = {"after a checkpoint": True, "between checkpoints": False}
+
+# As for a server with 16 GB: what a month writes to stays in memory.
+_SHARED_BUFFERS = "4GB"
+
+# Rows {first} to {last} of the {each} of one month. Users take turns, as in the course of a month; a user has so many
+# windows as there are rows.
+_SLICE = 5_000_000
 _ROWS = """
-FROM generate_series({months} - 1, 0, -1) AS m
-CROSS JOIN LATERAL (
-    SELECT date_trunc('month', now()) - make_interval(months => m) AS starts,
-        least(date_trunc('month', now()) - make_interval(months => m - 1), now()) AS ends
+FROM (
+    SELECT date_trunc('month', now()) - make_interval(months => {ago}) AS starts,
+        least(date_trunc('month', now()) - make_interval(months => {ago} - 1), now()) AS ends
 ) AS month
-CROSS JOIN LATERAL generate_series(0, {rows}::bigint / {months} - 1) AS n
+CROSS JOIN LATERAL generate_series({first}::bigint, {last} - 1) AS n
 CROSS JOIN LATERAL (
-    SELECT 1 + (n * 7919) % {users} AS user_id, starts + (ends - starts) * (n * {months} / {rows}::float) AS at
+    SELECT 1 + (n * 7919) % {users} AS user_id, starts + (ends - starts) * (n / {each}::float) AS at
 ) AS r
 """
 _FILL_HISTORIES = f"""
@@ -96,45 +105,57 @@ FROM unnest('{credit_refresh_histories,credit_audit_logs}'::text[]) AS parent
     type=click.IntRange(1_000),
     help="Rows in each of the tables. (1000000 5000000 20000000)",
 )
-@click.option("--huge", is_flag=True, help="A hundred million rows, too, in one month: 45 GB of disk, and an hour.")
+@click.option("--huge", is_flag=True, help="A hundred million rows, too: 45 GB of disk, and an hour for each layout.")
+@click.option(
+    "--months",
+    "layouts",
+    multiple=True,
+    default=tuple(LAYOUTS),
+    show_default=True,
+    type=click.Choice(tuple(LAYOUTS)),
+    help="Months that the rows reach back.",
+)
 @click.option("--users", default=20_000, show_default=True, type=click.IntRange(1_000), help="Due users.")
 @click.option("--repetitions", default=5, show_default=True, type=click.IntRange(1), help="Of each size, interleaved.")
-def year(sizes: Sequence[int], users: int, repetitions: int, *, huge: bool) -> None:
+def year(sizes: Sequence[int], layouts: Sequence[int], users: int, repetitions: int, *, huge: bool) -> None:
     """What batches take where millions of history and audit rows are there: the bare statement on two connections.
 
-    Each number of rows has a database of its own at the same time, and the same users in it.
+    Each number of rows has a database of its own at the same time, and the same users in it. Each repetition measures
+    twice: after a checkpoint, when the first change of a page costs the whole page in PostgreSQL's log, and before the
+    next one.
     """
-    if len(set(sizes)) == 1:
+    rows = sorted({*sizes, *([HUGE] if huge else [])})
+    if len(rows) == 1:
         raise click.UsageError("a curve takes two numbers of rows: --rows twice")
-    with benchmark("year") as (running, report):
+    with benchmark("year", shared_buffers=_SHARED_BUFFERS) as (running, report):
         seconds: dict[str, dict[int, list[float]]] = {}
-        for layout, months in LAYOUTS.items():
-            rows = sorted({*sizes, *([HUGE] if huge and months == 1 else [])})
-            err.print(f"Rows {layout}", highlight=False)
-            seconds[layout] = _measure(running, rows, months, users, repetitions)
+        for months in layouts:
+            err.print(f"Rows {LAYOUTS[months]}", highlight=False)
+            for phase, by_rows in _measure(running, rows, months, users, repetitions).items():
+                seconds[f"{LAYOUTS[months]}, {phase}"] = by_rows
         _report(report, seconds, users)
 
 
 def _measure(
     running: Servers, sizes: Sequence[int], months: int, users: int, repetitions: int
-) -> dict[int, list[float]]:
-    seconds: dict[int, list[float]] = defaultdict(list)
+) -> dict[str, dict[int, list[float]]]:
+    seconds: dict[str, dict[int, list[float]]] = {phase: defaultdict(list) for phase in PHASES}
     with ExitStack() as stack:
         urls: dict[int, str] = {}
         for rows in sizes:
-            err.print(f"Making {rows:,} rows", highlight=False)
             due = f"CASE WHEN {{n}} % {_USERS_A_DUE} = 0 THEN {DUE_NOW} ELSE now() + interval '10 days' END"
             world = Worlds(running, users * _USERS_A_DUE, name=f"year_{rows}", due=due)
             stack.callback(world.drop)
             urls[rows] = world.template_url
             _fill(world, rows, months)
         for repetition in range(1, repetitions + 1):
-            for rows, url in urls.items():
-                _make_due(url)
+            for (rows, url), (phase, checkpoint) in product(urls.items(), PHASES.items()):
+                _make_due(url, checkpoint=checkpoint)
                 before = mark(url)
-                seconds[rows].append(refresh_bare(url))
+                took = refresh_bare(url)
+                seconds[phase][rows].append(took)
                 verify(url, users, since=before)
-                err.print(f"{repetition}/{repetitions}  {rows:,} rows: {seconds[rows][-1]:.3f} s", highlight=False)
+                err.print(f"{repetition}/{repetitions}  {rows:,} rows, {phase}: {took:.3f} s", highlight=False)
     return seconds
 
 
@@ -144,19 +165,24 @@ def _fill(world: Worlds, rows: int, months: int) -> None:
         connection.execute("SELECT ensure_partitions(now() - make_interval(months => %s), %s)", (months - 1, months))
     with database.statements() as connection:
         (index,) = one(connection.execute(_GRANT_INDEX))
-    numbers = {"rows": rows, "months": months, "users": world.users}
     _execute(database, "DROP INDEX uq_credit_refresh_histories_grant")
+    each = rows // months
     with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda text: _execute(database, text.format(**numbers)), (_FILL_HISTORIES, _FILL_AUDIT_LOGS)))
+        for ago, first in product(reversed(range(months)), range(0, each, _SLICE)):
+            err.print(f"Making {rows:,} rows: {(each * (months - 1 - ago) + first) / rows:.0%}", highlight=False)
+            last = min(first + _SLICE, each)
+            numbers = {"ago": ago, "each": each, "first": first, "last": last, "users": world.users}
+            texts = [text.format(**numbers) for text in (_FILL_HISTORIES, _FILL_AUDIT_LOGS)]
+            list(pool.map(partial(_execute, database), texts))
     _execute(database, index)
     _execute(database, "VACUUM (FREEZE, ANALYZE)")
 
 
-def _make_due(url: str) -> None:
+def _make_due(url: str, *, checkpoint: bool) -> None:
     database = Database(url, "credits")
     with database.statements() as connection:
         names = [name for (name,) in connection.execute(_THIS_MONTH).fetchall()]
-    for text in (_AGAIN, _SETTLE.format(this_month=", ".join(names)), "CHECKPOINT"):
+    for text in (_AGAIN, _SETTLE.format(this_month=", ".join(names)), *(["CHECKPOINT"] if checkpoint else [])):
         _execute(database, text)
 
 

@@ -127,10 +127,14 @@ class Report:
 
 
 @contextmanager
-def benchmark(name: str) -> Iterator[tuple[Servers, Report]]:
+def benchmark(name: str, **postgres_options: str) -> Iterator[tuple[Servers, Report]]:
     """The servers to measure on, and the report of what is found, written at the end whatever happens.
 
     DATABASE_URL and REDIS_URL where both are given, whose role may create databases; else embedded ones, durable.
+
+    Args:
+        name: of the benchmark.
+        postgres_options: settings of the embedded PostgreSQL that differ from those of every other benchmark.
     """
     unwind_on_signals()
     loaded = settings.load()
@@ -139,7 +143,7 @@ def benchmark(name: str) -> Iterator[tuple[Servers, Report]]:
         state.mkdir(parents=True, exist_ok=True)
         yield from _reported(name, Servers(loaded.database_url, loaded.redis_url, state))
         return
-    with embedded.servers("bench", loaded.credits_state_dir, fresh=True) as running:
+    with embedded.servers("bench", loaded.credits_state_dir, fresh=True, postgres_options=postgres_options) as running:
         yield from _reported(name, running)
 
 

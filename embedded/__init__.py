@@ -21,6 +21,7 @@ import settings
 from embedded import instance, leftovers, postgres_server, redis_server
 from embedded.errors import EmbeddedError
 from embedded.folders import Folders, claim_cluster, locate, remove_tree
+from embedded.postgres_server import FLEETING
 from embedded.processes import uninterrupted
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-__all__ = ["EmbeddedError", "Servers", "remove", "servers"]
+__all__ = ["FLEETING", "EmbeddedError", "Servers", "remove", "servers"]
 
 _SHARE_SECONDS = 60.0  # how long to wait for an owner that is starting or stopping
 _POLL_SECONDS = 0.1
@@ -58,7 +59,7 @@ def servers(  # noqa: PLR0913 - each is a switch of its own, named by every call
     postgres: bool = True,
     redis: bool = True,
     fresh: bool = False,
-    durable: bool = True,
+    postgres_options: Mapping[str, str] = MappingProxyType({}),
     share: bool = False,
     postgres_programs: Path | None = None,
 ) -> Iterator[Servers]:
@@ -74,7 +75,7 @@ def servers(  # noqa: PLR0913 - each is a switch of its own, named by every call
         postgres: start PostgreSQL.
         redis: start Redis.
         fresh: begin with no data.
-        durable: False, for tests alone, makes PostgreSQL fast and unsafe against power loss.
+        postgres_options: settings of PostgreSQL that differ from ours, by name; for tests, `FLEETING`.
         share: when another process runs the instance, yield its servers without owning them.
         postgres_programs: the `bin` folder of another PostgreSQL than the embedded one.
 
@@ -87,7 +88,12 @@ def servers(  # noqa: PLR0913 - each is a switch of its own, named by every call
         with instance.lock(folders.state) as owned:
             if owned:
                 with _own(
-                    folders, postgres=postgres, redis=redis, fresh=fresh, durable=durable, programs=postgres_programs
+                    folders,
+                    postgres=postgres,
+                    redis=redis,
+                    fresh=fresh,
+                    options=postgres_options,
+                    programs=postgres_programs,
                 ) as running:
                     yield running
                 return
@@ -105,7 +111,13 @@ def servers(  # noqa: PLR0913 - each is a switch of its own, named by every call
 
 @contextlib.contextmanager
 def _own(  # noqa: PLR0913 - servers()'s own arguments
-    folders: Folders, *, postgres: bool, redis: bool, fresh: bool, durable: bool, programs: Path | None
+    folders: Folders,
+    *,
+    postgres: bool,
+    redis: bool,
+    fresh: bool,
+    options: Mapping[str, str],
+    programs: Path | None,
 ) -> Iterator[Servers]:
     claim_cluster(folders)
     _clear_leftovers(folders)
@@ -117,7 +129,7 @@ def _own(  # noqa: PLR0913 - servers()'s own arguments
         urls = {"database_url": "", "redis_url": ""}
         processes: dict[str, subprocess.Popen[bytes]] = {}
         if postgres:
-            database = postgres_server.Postgres.start(folders, durable=durable, programs=programs)
+            database = postgres_server.Postgres.start(folders, options=options, programs=programs)
             stack.callback(_stop, database)
             urls["database_url"] = database.url
             processes["postgres"] = database.process

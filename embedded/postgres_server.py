@@ -55,7 +55,8 @@ _OPTIONS: Mapping[str, str] = {
     "log_timezone": "UTC",
     "logging_collector": "off",
 }
-_FLEETING: Mapping[str, str] = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
+FLEETING: Mapping[str, str] = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
+"""Fast, and unsafe against power loss: for tests alone."""
 
 
 def find_programs() -> Path:
@@ -126,14 +127,14 @@ class Postgres:
         self.url = url(folders)
 
     @classmethod
-    def start(cls, folders: Folders, *, durable: bool, programs: Path | None) -> Postgres:
+    def start(cls, folders: Folders, *, options: Mapping[str, str], programs: Path | None) -> Postgres:
         """Create the cluster if there is none, start it, create the database.
 
         No server of an earlier run may be alive on it (see leftovers.py).
 
         Args:
             folders: where it keeps what.
-            durable: False trades safety against power loss for speed.
+            options: settings that differ from ours (`_OPTIONS`).
             programs: a `bin` folder of PostgreSQL, any supported version; by default the wheel's.
 
         Raises:
@@ -153,7 +154,7 @@ class Postgres:
         log = fresh_log(folders.state / "postgres.log")
         with log.open("ab") as output:
             process = spawn(
-                _command(folders, programs, durable=durable),
+                _command(folders, programs, options),
                 env=_ENVIRONMENT,
                 cwd=Path("/"),
                 stdout=output,
@@ -243,10 +244,10 @@ def _initialise(folders: Folders, programs: Path) -> None:
     draft.rename(data)
 
 
-def _command(folders: Folders, programs: Path, *, durable: bool) -> list[str]:
+def _command(folders: Folders, programs: Path, options: Mapping[str, str]) -> list[str]:
     options = {
         **_OPTIONS,
-        **({} if durable else _FLEETING),
+        **options,
         "cluster_name": folders.marker,
         "unix_socket_directories": str(folders.postgres_socket),
         "hba_file": str(folders.cluster / "pg_hba.conf"),

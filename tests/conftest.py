@@ -49,7 +49,9 @@ def servers(request: pytest.FixtureRequest) -> Iterator[embedded.Servers]:
     programs = request.config.getoption("--postgres-bin")
     with ExitStack() as stack:
         for number in range(1, PROCESSES_MAX + 1):
-            start = embedded.servers(f"test-{number}", state, fresh=True, durable=False, postgres_programs=programs)
+            start = embedded.servers(
+                f"test-{number}", state, fresh=True, postgres_options=embedded.FLEETING, postgres_programs=programs
+            )
             try:
                 running = stack.enter_context(start)
             except embedded.EmbeddedError as error:

@@ -76,7 +76,7 @@ class PostgresServer:
         if self.running:
             return
         _append(self.log, self._folders.state / "logs/postgres.log")
-        self._running = postgres_server.Postgres.start(self._folders, durable=True, programs=None)
+        self._running = postgres_server.Postgres.start(self._folders, options={}, programs=None)
         with psycopg.connect(self.url, autocommit=True) as connection:
             for name, value in self.settings.items():
                 connection.execute(sql.SQL("ALTER SYSTEM SET {} = {}").format(sql.Identifier(name), sql.Literal(value)))

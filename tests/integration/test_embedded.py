@@ -40,7 +40,8 @@ OWNER = textwrap.dedent("""
     from embedded.processes import unwind_on_signals
 
     def run():
-        with embedded.servers("test", Path(sys.argv[1]), durable=False, share="share" in sys.argv) as running:
+        fast = embedded.FLEETING
+        with embedded.servers("test", Path(sys.argv[1]), postgres_options=fast, share="share" in sys.argv) as running:
             pids = {name: process.pid for name, process in running.processes.items()}
             print(json.dumps([running.database_url, running.redis_url, pids]), flush=True)
             time.sleep(600)
@@ -162,7 +163,7 @@ def test_servers_are_set_up_as_the_service_needs_them(state_dir: Path, folders: 
 
 
 def test_every_role_can_be_used_by_the_one_who_started_it(state_dir: Path) -> None:
-    with embedded.servers(NAME, state_dir, redis=False, durable=False) as running:
+    with embedded.servers(NAME, state_dir, redis=False, postgres_options=embedded.FLEETING) as running:
         assert running.redis_url == ""
         with psycopg.connect(running.database_url, autocommit=True) as connection:
             connection.execute("CREATE ROLE app LOGIN")
@@ -292,13 +293,13 @@ def test_what_the_running_one_lacks_is_said(state_dir: Path) -> None:
 
 
 def test_an_error_in_the_block_stops_the_servers_and_passes_on(state_dir: Path, folders: Folders) -> None:
-    with pytest.raises(ZeroDivisionError), embedded.servers(NAME, state_dir, durable=False):
+    with pytest.raises(ZeroDivisionError), embedded.servers(NAME, state_dir, postgres_options=embedded.FLEETING):
         raise ZeroDivisionError
     assert server_processes(folders) == []
 
 
 def test_removing_an_instance_leaves_nothing(state_dir: Path, folders: Folders) -> None:
-    with embedded.servers(NAME, state_dir, durable=False):
+    with embedded.servers(NAME, state_dir, postgres_options=embedded.FLEETING):
         pass
     embedded.remove(NAME, state_dir)
     assert not folders.state.exists()
