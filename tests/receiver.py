@@ -101,11 +101,17 @@ class Handler(BaseHTTPRequestHandler):
         """Nothing: the requests are kept."""
 
 
+class Server(ThreadingHTTPServer):
+    """Lets more callers wait for its loop than the library's five, whose successors the kernel drops."""
+
+    request_queue_size = 128
+
+
 @contextmanager
 def receiving(tls: ssl.SSLContext | None = None) -> Iterator[Receiver]:
     """A receiver on a free port of loopback."""
     handler = type("ItsHandler", (Handler,), {})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server = Server(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     server.block_on_close = False
     receiver = Receiver(server, "https" if tls else "http")
