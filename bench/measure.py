@@ -58,7 +58,7 @@ def measure(ways: Sequence[Way], repetitions: int) -> list[Result]:
     """Time each way in turn, again and again, so that a slow minute of the machine slows all of them.
 
     Each begins with a fresh copy of the same database, and every row is verified after it. Each repetition has an order
-    of its own, the same in each run of the benchmark: always behind the same way, one would be slowed by what that
+    of its own, the same in each run of the benchmark: always behind the same way, one could be slowed by what that
     leaves to the disk and the caches.
 
     Args:
