@@ -105,7 +105,9 @@ FROM unnest('{credit_refresh_histories,credit_audit_logs}'::text[]) AS parent
     type=click.IntRange(1_000),
     help="Rows in each of the tables. (1000000 5000000 20000000)",
 )
-@click.option("--huge", is_flag=True, help="A hundred million rows, too: 45 GB of disk, and an hour for each layout.")
+@click.option(
+    "--huge", is_flag=True, help="A hundred million rows, too: 45 GB of disk, and half an hour for each layout."
+)
 @click.option(
     "--months",
     "layouts",

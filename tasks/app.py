@@ -54,17 +54,13 @@ def _configure_logs(**_: Any) -> None:
 
 @signals.celeryd_init.connect
 @signals.beat_init.connect
-def _check_servers(signal: object, **_: Any) -> None:
-    """End the start with one line when something is missing, instead of retrying unseen.
-
-    A worker keeps the connection for its first batch.
-    """
+def _check_servers(**_: Any) -> None:
+    """End the start with one line when something is missing, instead of retrying unseen."""
     if config.broker_url is None:
         raise SystemExit("credits: REDIS_URL is not set: set it, or let `credits up` start everything with servers.")
     try:
         database().require_migrated()
-        if signal is signals.beat_init:
-            database().close()  # it asks nothing more
+        database().close()  # beat asks nothing more, and a pool that forks inherits nothing
         check_broker()
     except DatabaseError as error:
         raise SystemExit(f"credits: {error}") from None

@@ -296,10 +296,7 @@ def test_many_senders_send_each_message_once(world: World, receiver: Receiver) -
         calls.results()
     while deliver(world).tried:
         pass
-    while left := [row for row in outbox(world) if row["status"] == "pending"]:
-        assert all(row["last_error"] for row in left), left  # one that a loaded machine did not let through
-        now_is_later(world)
-        deliver(world)
+    assert [row["last_error"] for row in outbox(world) if row["status"] != "delivered"] == []
     assert len(receiver.ids) == len(set(receiver.ids)) == 400
 
 
