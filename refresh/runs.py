@@ -196,10 +196,10 @@ numbered AS (
 ),
 batches AS (
     INSERT INTO credit_refresh_batches (run_id, seq, user_ids, atomic)
-    SELECT
-        %(run_id)s::uuid, row_number() OVER (ORDER BY whole NULLS FIRST, part) - 1, array_agg(id ORDER BY id),
-        whole IS NOT NULL
-    FROM numbered GROUP BY whole, part ORDER BY whole NULLS FIRST, part
+    SELECT %(run_id)s::uuid, row_number() OVER (ORDER BY whole NULLS FIRST, part) - 1, ids, whole IS NOT NULL
+    -- Fenced, and in no order within a part: so the parts are sorted, and not everybody a second time.
+    FROM (SELECT whole, part, array_agg(id) AS ids FROM numbered GROUP BY whole, part OFFSET 0) AS parts
+    ORDER BY whole NULLS FIRST, part
     RETURNING cardinality(user_ids) AS users
 ),
 cut AS (SELECT count(*) AS batches, coalesce(sum(users), 0) AS users FROM batches)

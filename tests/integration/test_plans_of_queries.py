@@ -114,20 +114,27 @@ def crowd(request: pytest.FixtureRequest, cluster: Cluster) -> Iterator[psycopg.
     cluster.drop(name)
 
 
-@pytest.fixture(params=get_args(Mode))
-def explainer(request: pytest.FixtureRequest, crowd: psycopg.Connection[Any]) -> Iterator[Explainer]:
-    with explaining(crowd.info.dsn, request.param) as made:
-        yield made
+@pytest.fixture(scope="module")
+def large_tables(crowd: psycopg.Connection[Any]) -> set[str]:
+    """A table of a few blocks may be read whole; so may a partition that nothing is in.
 
-
-def large_tables(connection: psycopg.Connection[Any]) -> set[str]:
-    """A table of a few blocks may be read whole; so may a partition that nothing is in."""
-    rows = connection.execute(
+    Before the first statement is explained: what is rolled back leaves blocks in which nothing is, too.
+    """
+    rows = crowd.execute(
         "SELECT relname FROM pg_class WHERE relnamespace = 'credits'::regnamespace AND relkind = 'r'"
         " AND pg_relation_size(oid) > %s * 8192",
         (LARGE_BLOCKS,),
     )
     return {name for (name,) in rows}
+
+
+@pytest.fixture(params=get_args(Mode))
+def explainer(
+    request: pytest.FixtureRequest, crowd: psycopg.Connection[Any], large_tables: set[str]
+) -> Iterator[Explainer]:
+    del large_tables
+    with explaining(crowd.info.dsn, request.param) as made:
+        yield made
 
 
 def scan(connection: psycopg.Connection[Any]) -> None:
@@ -195,10 +202,10 @@ def scrape(connection: psycopg.Connection[Any]) -> None:
         assert found.ended["refresh", False, "succeeded"].runs > RUNS_BEFORE
 
 
-def test_the_scan_goes_by_the_wake_index(crowd: psycopg.Connection[Any], explainer: Explainer) -> None:
+def test_the_scan_goes_by_the_wake_index(explainer: Explainer, large_tables: set[str]) -> None:
     explained = explainer.explain(scan)
     for statement in explained:
-        assert statement.read_whole() & large_tables(crowd) == set()
+        assert statement.read_whole() & large_tables == set()
     cut = explained[-1]
     assert cut.indexes("users") == {"ix_users_wake_at"}
     # Due users, not users: a block of the table for each, and those of the index.
@@ -229,10 +236,10 @@ def test_the_scan_sorts_by_numbers_where_no_plan_is_atomic(crowd: psycopg.Connec
     ids=["many", "all or none", "plan", "one", "many, told of", "one, told of"],
 )
 def test_a_batch_touches_its_own_rows(
-    crowd: psycopg.Connection[Any], explainer: Explainer, grant: Call, users: int, blocks_a_user: int
+    explainer: Explainer, large_tables: set[str], grant: Call, users: int, blocks_a_user: int
 ) -> None:
     (batch,) = explainer.explain(grant)
-    assert batch.read_whole() & large_tables(crowd) == set()
+    assert batch.read_whole() & large_tables == set()
     assert batch.indexes("users") == {"pk_users"}
     # Not the index over pending batches, of which a large run has many thousands.
     assert batch.indexes("credit_refresh_batches") == {"pk_credit_refresh_batches"}
@@ -242,28 +249,26 @@ def test_a_batch_touches_its_own_rows(
 
 @pytest.mark.parametrize("call", [message, failure, finish])
 def test_what_is_asked_with_every_message_looks_at_nothing_else(
-    crowd: psycopg.Connection[Any], explainer: Explainer, call: Call
+    explainer: Explainer, large_tables: set[str], call: Call
 ) -> None:
     for statement in explainer.explain(call):
-        assert statement.read_whole() & large_tables(crowd) == set()
+        assert statement.read_whole() & large_tables == set()
         assert statement.blocks < 30, statement.text
 
 
-def test_what_upkeep_asks_every_minute_looks_at_what_is_pending(
-    crowd: psycopg.Connection[Any], explainer: Explainer
-) -> None:
+def test_what_upkeep_asks_every_minute_looks_at_what_is_pending(explainer: Explainer, large_tables: set[str]) -> None:
     for statement in explainer.explain(minute):
-        assert statement.read_whole() & large_tables(crowd) == set()
+        assert statement.read_whole() & large_tables == set()
         # A few blocks for each, where each one's run is looked up.
         assert statement.blocks < 6 * BATCHES_GOING_ON, statement.text
 
 
 def test_what_monitoring_asks_every_few_seconds_looks_at_who_is_due_and_what_is_pending(
-    crowd: psycopg.Connection[Any], explainer: Explainer
+    explainer: Explainer, large_tables: set[str]
 ) -> None:
     explained = explainer.explain(scrape)
     for statement in explained:
-        assert statement.read_whole() & large_tables(crowd) == set()
+        assert statement.read_whole() & large_tables == set()
     again = explained[len(explained) // 2 :]
     assert any(statement.indexes("users") == {"ix_users_wake_at"} for statement in again)
     # A block for each who is due, and less for a batch; the runs that ended are not read again.
